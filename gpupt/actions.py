@@ -1,0 +1,193 @@
+"""Floor 2: the closed union of things gpupt can do, and the plan made of them.
+
+A plan is data: dry-run, confirmation, journal, recovery and tests share it.  ``why`` is the
+reason shown to a person.  No action means nothing to do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from gpupt.model.cluster import Allocation, Placement
+from gpupt.model.host import FunctionOrigin
+from gpupt.model.pci import PciAddress
+
+
+@dataclass(frozen=True, slots=True)
+class BindFunction:
+    """Move a function from driver ``before`` to ``after``: set driver_override to
+    ``override`` (None clears it), unbind, then probe; verified when ``after`` drives it.
+
+    ``after`` None: left driverless, as it was found."""
+
+    address: PciAddress
+    before: str | None
+    after: str | None
+    override: str | None
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class RecordLoan:
+    """Write down where every function of a GPU's group came from, before the first write."""
+
+    gpu: PciAddress
+    origins: tuple[FunctionOrigin, ...]
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class LendGpu:
+    """Note that a detached GPU belongs to a node of a cluster."""
+
+    gpu: PciAddress
+    cluster: str
+    node: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReturnGpu:
+    """Note that no node has the GPU any more; it stays detached."""
+
+    gpu: PciAddress
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class EraseLoan:
+    """Forget a loan, once every function is verified to be where it came from."""
+
+    gpu: PciAddress
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class BakeImage:
+    """Bake the rolls into a bootable image; ``digest`` is what the result will be called."""
+
+    rolls: tuple[str, ...]
+    digest: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class MakeCluster:
+    """Create the cluster's folder: its SSH key, host keys, known hosts and allocation."""
+
+    allocation: Allocation
+    digest: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveCluster:
+    """Remove the cluster's folder, overlays and keys with it."""
+
+    cluster: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class StartNetwork:
+    """Create and start the cluster's libvirt network."""
+
+    allocation: Allocation
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class StopNetwork:
+    """Stop the cluster's libvirt network."""
+
+    cluster: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class StartNode:
+    """Make the node's disk overlay and start its domain."""
+
+    cluster: str
+    placement: Placement
+    digest: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class StopNode:
+    """Shut the node's domain down, by force after a deadline, and remove its overlay."""
+
+    cluster: str
+    node: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class AwaitNode:
+    """Wait until the node answers SSH with its pinned host key and says it is ready:
+    right identity, and its GPUs seen by vendor and device id."""
+
+    cluster: str
+    placement: Placement
+    deadline: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class AwaitRoll:
+    """Wait until a roll's checks pass on the cluster (Spark: master up, workers registered)."""
+
+    cluster: str
+    roll: str
+    deadline: int
+    why: str
+
+
+Action: TypeAlias = (
+    BindFunction
+    | RecordLoan
+    | LendGpu
+    | ReturnGpu
+    | EraseLoan
+    | BakeImage
+    | MakeCluster
+    | RemoveCluster
+    | StartNetwork
+    | StopNetwork
+    | StartNode
+    | StopNode
+    | AwaitNode
+    | AwaitRoll
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Actions in order; ``verb`` and ``subject`` name the sentence they belong to."""
+
+    verb: str
+    subject: str
+    actions: tuple[Action, ...]
+
+
+def subject_of(action: Action) -> str:
+    """What the action is about, for a person: an address, a node, a cluster, a roll."""
+    match action:
+        case BindFunction():
+            return str(action.address)
+        case RecordLoan() | LendGpu() | ReturnGpu() | EraseLoan():
+            return str(action.gpu)
+        case BakeImage():
+            return "+".join(action.rolls)
+        case MakeCluster() | StartNetwork():
+            return action.allocation.spec.name
+        case RemoveCluster() | StopNetwork():
+            return action.cluster
+        case StartNode() | AwaitNode():
+            return f"{action.cluster}/{action.placement.node.name}"
+        case StopNode():
+            return f"{action.cluster}/{action.node}"
+        case AwaitRoll():
+            return f"{action.cluster}/{action.roll}"

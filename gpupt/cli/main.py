@@ -1,0 +1,109 @@
+"""The ``gpupt`` command: verbs are found in a table and imported when they are asked for."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import click
+
+from gpupt import __version__
+from gpupt.cli.context import Settings
+from gpupt.errors import GpuptError
+
+# verb → module:attribute under gpupt.cli, and the line that --help shows.  A table, so
+# that `gpupt list` imports nothing of libvirt, paramiko or jinja2.
+VERBS: dict[str, tuple[str, str]] = {
+    "list": ("host:list_gpus", "Show the GPUs, who has each, and their IOMMU groups."),
+    "info": ("host:info", "Explain one GPU and its IOMMU group."),
+    "status": ("host:status", "Show who has what, and what is unfinished."),
+    "doctor": ("doctor:doctor", "Diagnose what would keep this host from lending GPUs."),
+    "detach": ("binding:detach", "Take GPUs from the host, for guests."),
+    "attach": ("binding:attach", "Give GPUs back to the host, to the drivers they came from."),
+    "recover": ("binding:recover", "Finish or undo what a crash cut short."),
+    "snapshot": ("host:snapshot", "Record this machine's PCI facts in a file."),
+    "plan": ("cluster:plan", "Show what `up` would do."),
+    "up": ("cluster:up", "Bring a cluster up from its file."),
+    "show": ("cluster:show", "Show a cluster's nodes and their GPUs."),
+    "ssh": ("cluster:ssh", "Run a command, or a shell, on a node."),
+    "run": ("cluster:run", "Run a roll's job on a cluster."),
+    "down": ("cluster:down", "Take a cluster down and give its GPUs back."),
+    "render": ("cluster:render", "Print every file that `up` would write, domain XML first."),
+    "roll": ("roll:roll", "Rolls: the bundles that nodes are made of."),
+    "image": ("image:image", "Images baked from rolls."),
+    "lab": ("lab:lab", "An emulated GPU host, to try everything with no GPU."),
+}
+
+HELP = """Turn a host with GPUs into a virtual GPU cluster, and give every GPU back.
+
+\b
+Examples:
+  gpupt list                      the GPUs of this host, and who has each
+  gpupt doctor                    what keeps this host from lending them
+  gpupt up cluster.yaml           frontend and GPU nodes, from one file
+  gpupt down NAME                 the cluster gone, every GPU back on its driver
+  gpupt lab demo                  all of it on an emulated host, with no GPU
+
+Exit status: 0 done or nothing to do, 1 failed, 2 bad usage or input, 3 refused by preflight.
+"""
+
+
+class VerbTable(click.Group):
+    """A group whose commands are imported on use; help comes from the table alone."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        found = VERBS.get(cmd_name)
+        if found is None:
+            return None
+        module, _, attribute = found[0].partition(":")
+        command = getattr(importlib.import_module(f"gpupt.cli.{module}"), attribute)
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Verbs"):
+            formatter.write_dl([(verb, line) for verb, (_, line) in VERBS.items()])
+
+
+@click.command(cls=VerbTable, help=HELP, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="gpupt")
+@click.option(
+    "--root", default=None, metavar="DIR", help="The tree that holds sys/ and proc/ (default /)."
+)
+@click.option(
+    "--connect", default=None, metavar="URI", help="Libvirt's URI (default qemu:///system)."
+)
+@click.option("--state", default=None, metavar="DIR", help="State folder (default /var/lib/gpupt).")
+@click.option("--json", "as_json", is_flag=True, default=None, help="One JSON object on stdout.")
+@click.option("-v", "--verbose", count=True, help="Say more on stderr.")
+@click.pass_context
+def cli(ctx: click.Context, /, **given: Any) -> None:
+    ctx.obj = Settings.of(ctx.obj, **given)
+
+
+def main() -> None:
+    """Run the command line; every GpuptError becomes its text on stderr and its exit status."""
+    try:
+        status = cli.main(prog_name="gpupt", standalone_mode=False)
+        sys.exit(status if isinstance(status, int) else 0)
+    except click.exceptions.Abort:
+        click.echo("gpupt: interrupted", err=True)
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except GpuptError as error:
+        click.echo(f"gpupt: {error}", err=True)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        # The reader went away (`gpupt list | head -1`): nothing is left to say.
+        sys.stderr.close()
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Floor 3b: effects, one gate for each outside thing."""

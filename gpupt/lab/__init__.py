@@ -1,0 +1,1 @@
+"""The emulated GPU host: a physical machine that does not exist, booted by QEMU."""

@@ -1,0 +1,90 @@
+"""The host as read: devices, groups, GPUs, loans, and what was found wrong with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from gpupt.model.pci import DriverBinding, Identity, IommuGroup, PciAddress, PciDevice
+
+
+class GpuState(StrEnum):
+    """Who has a GPU (CONTRACT: the ``state`` of ``list --json``)."""
+
+    HOST = "host"
+    DRIVERLESS = "driverless"
+    DETACHED = "detached"
+    LENT = "lent"
+    LOST = "lost"
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """A GPU: its main function and its companions (audio, USB-C, UCSI: never extra GPUs)."""
+
+    device: PciDevice
+    companions: tuple[PciAddress, ...] = ()
+
+    @property
+    def address(self) -> PciAddress:
+        return self.device.address
+
+
+@dataclass(frozen=True, slots=True)
+class Critical:
+    """A device the host cannot do without, and why: ``/`` is on it, or the default route."""
+
+    address: PciAddress
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """One reading of a machine; ``devices`` holds every PCI function by address."""
+
+    devices: Mapping[PciAddress, PciDevice]
+    groups: Mapping[int, IommuGroup]
+    gpus: tuple[Gpu, ...]
+    critical: tuple[Critical, ...] = ()
+    iommu_present: bool = False
+    kernel_cmdline: str = ""
+    unreadable: tuple[str, ...] = field(default=())
+
+
+@dataclass(frozen=True, slots=True)
+class FunctionOrigin:
+    """The state of one function before gpupt first touched it: what attach restores."""
+
+    address: PciAddress
+    identity: Identity
+    binding: DriverBinding
+
+
+@dataclass(frozen=True, slots=True)
+class Loan:
+    """A GPU taken from the host: where each function of its group came from, and which
+    node of which cluster has it (None: detached, lent to nobody yet)."""
+
+    gpu: PciAddress
+    origins: tuple[FunctionOrigin, ...]
+    cluster: str | None = None
+    node: str | None = None
+
+
+class Severity(StrEnum):
+    FAIL = "fail"
+    WARN = "warn"
+    INFO = "info"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One diagnosis; ``id`` as in docs/doctor.md; ``subject`` an address, node or path."""
+
+    id: str
+    severity: Severity
+    subject: str
+    brief: str
+    evidence: tuple[str, ...] = ()
+    remedy: str = ""

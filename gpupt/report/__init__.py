@@ -1,0 +1,1 @@
+"""Floor 5: values into tables, progress, JSON and HTML."""
