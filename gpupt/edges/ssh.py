@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from gpupt.edges.process import Completed
 from gpupt.errors import DeadlineExceeded, Failed
@@ -195,20 +195,23 @@ class Ssh:
         return channel.recv_exit_status(), whole["out"], whole["err"]
 
     def put(self, local: Path, remote: str) -> None:
-        """Copy a file to the node."""
-        sftp = self._client.open_sftp()
-        try:
-            sftp.put(str(local), remote)
-        finally:
-            sftp.close()
+        """Copy a file to the node; raises Failed."""
+        self._transfer("put", str(local), remote)
 
     def get(self, remote: str, local: Path) -> None:
-        """Copy a file from the node."""
-        sftp = self._client.open_sftp()
+        """Copy a file from the node; raises Failed."""
+        self._transfer("get", remote, str(local))
+
+    def _transfer(self, verb: Literal["put", "get"], source: str, target: str) -> None:
+        import paramiko
+
         try:
-            sftp.get(remote, str(local))
-        finally:
-            sftp.close()
+            with self._client.open_sftp() as sftp:
+                getattr(sftp, verb)(source, target)
+        except (OSError, EOFError, paramiko.SSHException) as error:
+            raise Failed(
+                f"cannot copy {source} to {target} ({verb}, {self.name})", details=str(error)
+            ) from None
 
     def http_get(self, port: int, path: str, *, deadline: float, host: str = "localhost") -> bytes:
         """GET a page that the node serves, through this connection and no open port.
