@@ -1,0 +1,329 @@
+"""Gives every node of a specification its address, its MAC and its GPUs; pure and repeatable.
+
+The same specification on the same host always gives the same allocation: addresses follow
+the order of the nodes, MACs follow the names, and a node keeps the GPUs it already has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from hashlib import sha256
+from ipaddress import IPv4Address, IPv4Network
+
+from gpupt.errors import BadInput, Refused
+from gpupt.model.cluster import (
+    Allocation,
+    Card,
+    ClusterSpec,
+    Domain,
+    Network,
+    NodeSpec,
+    Placement,
+    Route,
+)
+from gpupt.model.host import Gpu, Host, Loan
+from gpupt.model.pci import PciAddress
+
+# Nodes follow the gateway at a distance that leaves room for what people put by hand.
+FIRST_NODE = 10
+
+
+def allocate(
+    spec: ClusterSpec,
+    *,
+    host: Host,
+    loans: Sequence[Loan] = (),
+    domains: Sequence[Domain] = (),
+    aliases: Mapping[str, PciAddress] | None = None,
+    places: Mapping[str, str] | None = None,
+) -> Allocation:
+    """A placement for every node.
+
+    ``places`` maps paths of the specification to ``file:line:column``, for errors.  Raises
+    BadInput for a GPU that the host does not have, Refused for one that is not to be had.
+    """
+    places = places or {}
+    named = _resolve_named(spec, host=host, aliases=aliases or {}, places=places)
+    taken = {address: holder for holder, address in _holders(loans, domains)}
+    chosen: dict[str, list[PciAddress]] = {}
+    given: dict[PciAddress, str] = {}
+    for node in spec.nodes:
+        chosen[node.name] = []
+        for address, place in named[node.name]:
+            holder = taken.get(address)
+            if holder is not None and holder != (spec.name, node.name):
+                raise Refused(
+                    f"GPU {address} is already lent to {'/'.join(holder)}",
+                    details=_at(place),
+                    remedy=f"gpupt down {holder[0]}, or name another GPU",
+                )
+            if address in given:
+                raise BadInput(
+                    f"GPU {address} is asked for by {given[address]} and {node.name}",
+                    details=_at(place),
+                )
+            _hold_if_unfit(address, host=host, place=place)
+            given[address] = node.name
+            chosen[node.name].append(address)
+    for node in spec.nodes:
+        for address in _pick(spec, node=node, host=host, taken=taken, given=given, places=places):
+            given[address] = node.name
+            chosen[node.name].append(address)
+    _hold_if_group_is_split(given, host=host)
+    addresses = node_addresses(spec.subnet, count=len(spec.nodes))
+    macs = node_macs(spec)
+    return Allocation(
+        spec=spec,
+        gateway=gateway_of(spec.subnet),
+        placements=tuple(
+            Placement(
+                node=node,
+                ip=ip,
+                mac=mac,
+                cards=tuple(card_of(address, host=host) for address in chosen[node.name]),
+            )
+            for node, ip, mac in zip(spec.nodes, addresses, macs, strict=True)
+        ),
+    )
+
+
+def card_of(address: PciAddress, *, host: Host) -> Card:
+    """The GPU with the endpoint functions of its card, its own first; raises KeyError."""
+    device = host.devices[address]
+    companions = next((gpu.companions for gpu in host.gpus if gpu.address == address), ())
+    functions = (
+        address,
+        *sorted(
+            other
+            for other in companions
+            if other != address and other in host.devices and not host.devices[other].is_bridge
+        ),
+    )
+    return Card(gpu=address, id=device.id, functions=functions, numa_node=device.numa_node)
+
+
+def gateway_of(subnet: IPv4Network) -> IPv4Address:
+    """The subnet's first address: the host's own on the cluster's network."""
+    return subnet.network_address + 1
+
+
+def node_addresses(subnet: IPv4Network, *, count: int) -> tuple[IPv4Address, ...]:
+    """An address for each of ``count`` nodes, in their order."""
+    room = subnet.num_addresses - 1
+    first = FIRST_NODE if FIRST_NODE + count <= room else 2
+    return tuple(subnet.network_address + first + number for number in range(count))
+
+
+def node_macs(spec: ClusterSpec) -> tuple[str, ...]:
+    """A MAC of QEMU's range for each node, from the names alone, all different."""
+    macs: list[str] = []
+    for node in spec.nodes:
+        salt = 0
+        while True:
+            seed = f"{spec.name}/{node.name}/{salt}".encode()
+            mac = "52:54:00:" + sha256(seed).digest()[:3].hex(":")
+            if mac not in macs:
+                macs.append(mac)
+                break
+            salt += 1
+    return tuple(macs)
+
+
+def bridge_of(cluster: str) -> str:
+    """The name of the cluster's bridge: at most 15 bytes, which is all the kernel takes."""
+    return "gp-" + sha256(cluster.encode()).hexdigest()[:10]
+
+
+def assess_subnet(
+    spec: ClusterSpec, *, networks: Sequence[Network], routes: Sequence[Route], place: str = ""
+) -> None:
+    """Raise Refused when the subnet overlaps a route of the host or another network of
+    libvirt; the cluster's own network, when it is already there, is not a clash."""
+    ours = bridge_of(spec.name)
+    for network in networks:
+        if network.cluster == spec.name:
+            continue
+        for subnet in network.subnets:
+            if subnet.overlaps(spec.subnet):
+                raise Refused(
+                    f"subnet {spec.subnet} clashes with libvirt's network {network.name!r}",
+                    details=(*_at(place), f"{network.name} has {subnet}"),
+                    remedy=_other_subnet(networks, routes),
+                )
+    for route in routes:
+        if route.interface == ours or route.destination.prefixlen == 0:
+            continue
+        if route.destination.overlaps(spec.subnet):
+            raise Refused(
+                f"subnet {spec.subnet} clashes with a route of this machine",
+                details=(*_at(place), f"{route.destination} goes to {route.interface}"),
+                remedy=_other_subnet(networks, routes),
+            )
+
+
+def free_subnet(networks: Sequence[Network], routes: Sequence[Route]) -> IPv4Network | None:
+    """The first /24 of 10.71.0.0/16 that nothing uses."""
+    used = [subnet for network in networks for subnet in network.subnets]
+    used += [route.destination for route in routes if route.destination.prefixlen]
+    for subnet in IPv4Network("10.71.0.0/16").subnets(new_prefix=24):
+        if not any(subnet.overlaps(other) for other in used):
+            return subnet
+    return None
+
+
+def _other_subnet(networks: Sequence[Network], routes: Sequence[Route]) -> str:
+    free = free_subnet(networks, routes)
+    return f"network: {{subnet: {free}}} is free" if free else "choose another subnet"
+
+
+def _at(place: str) -> tuple[str, ...]:
+    return (f"at {place}",) if place else ()
+
+
+def _resolve_named(
+    spec: ClusterSpec,
+    *,
+    host: Host,
+    aliases: Mapping[str, PciAddress],
+    places: Mapping[str, str],
+) -> dict[str, list[tuple[PciAddress, str]]]:
+    """For each node the GPUs it names, with the place of each; raises BadInput."""
+    gpus = {gpu.address for gpu in host.gpus}
+    known = [str(address) for address in sorted(gpus)]
+    found: dict[str, list[tuple[PciAddress, str]]] = {}
+    for number, node in enumerate(spec.nodes):
+        found[node.name] = []
+        for position, text in enumerate(node.gpus.named):
+            place = places.get(f"nodes[{number}].gpus[{position}]", "")
+            address = aliases.get(text)
+            if address is None and ":" in text:
+                address = PciAddress.parse(text)
+            if address is None or address not in gpus:
+                near = get_close_matches(text, [*known, *aliases], 1, 0.8)
+                raise BadInput(
+                    f"this host has no GPU {text}",
+                    details=(*_at(place), f"its GPUs: {', '.join(known) or 'none'}"),
+                    remedy=f"did you mean {near[0]!r}?" if near else "gpupt list shows them",
+                )
+            found[node.name].append((address, place))
+    return found
+
+
+def _holders(
+    loans: Iterable[Loan], domains: Iterable[Domain]
+) -> Iterable[tuple[tuple[str, str], PciAddress]]:
+    """Who has which function: (cluster, node) from the loans, foreign domains by name."""
+    for domain in domains:
+        member = domain.membership
+        # A domain that only names a device, and does not run, holds nothing.
+        if member is None and domain.running:
+            for address in domain.hostdevs:
+                yield ("domain", domain.name), address
+        elif member is not None:
+            for address in member.gpus:
+                yield (member.cluster, member.node), address
+    for loan in loans:
+        if loan.cluster is not None:
+            yield (loan.cluster, loan.node or "?"), loan.gpu
+
+
+def _hold_if_unfit(address: PciAddress, *, host: Host, place: str) -> None:
+    """Raise Refused when the GPU is one that no guest can be given."""
+    for reason in unfit(address, host=host):
+        raise Refused(
+            f"GPU {address} cannot be lent: {reason}",
+            details=_at(place),
+            remedy="gpupt doctor explains it",
+        )
+
+
+def unfit(address: PciAddress, *, host: Host) -> tuple[str, ...]:
+    """Why the GPU cannot be given to a guest, whoever asks; empty when it can."""
+    device = host.devices[address]
+    reasons = []
+    if device.lost:
+        reasons.append("it has fallen off the bus")
+    if device.iommu_group is None:
+        reasons.append("it is in no IOMMU group")
+    else:
+        members = set(host.groups[device.iommu_group].members)
+        reasons += [
+            f"its IOMMU group {device.iommu_group} holds {critical.address}: {critical.why}"
+            for critical in host.critical
+            if critical.address in members
+        ]
+    return tuple(reasons)
+
+
+def _pick(
+    spec: ClusterSpec,
+    *,
+    node: NodeSpec,
+    host: Host,
+    taken: Mapping[PciAddress, tuple[str, str]],
+    given: Mapping[PciAddress, str],
+    places: Mapping[str, str],
+) -> list[PciAddress]:
+    """The GPUs for a node that asks for a count: those it has, then detached ones, then those
+    that display nothing, each in the order of their addresses; raises Refused."""
+    if not node.gpus.count:
+        return []
+
+    def preference(gpu: Gpu) -> tuple[bool, bool, bool, PciAddress]:
+        mine = taken.get(gpu.address) == (spec.name, node.name)
+        detached = gpu.device.binding.driver == "vfio-pci"
+        return (not mine, not detached, bool(gpu.device.boot_vga), gpu.address)
+
+    free = [
+        gpu.address
+        for gpu in sorted(host.gpus, key=preference)
+        if gpu.address not in given
+        and taken.get(gpu.address, (spec.name, node.name)) == (spec.name, node.name)
+        and not unfit(gpu.address, host=host)
+    ]
+    if len(free) < node.gpus.count:
+        number = spec.nodes.index(node)
+        details = [*_at(places.get(f"nodes[{number}].gpus", ""))]
+        details.append(f"this host has {len(host.gpus)} GPUs")
+        for gpu in host.gpus:
+            details += [f"{gpu.address}: {why}" for why in _why_not(gpu, host, taken, given)]
+        raise Refused(
+            f"{node.name} asks for {node.gpus.count} GPUs, and {len(free)} are free",
+            details=tuple(details),
+            remedy="ask for fewer, or free one: gpupt status shows who has what",
+        )
+    return free[: node.gpus.count]
+
+
+def _why_not(
+    gpu: Gpu,
+    host: Host,
+    taken: Mapping[PciAddress, tuple[str, str]],
+    given: Mapping[PciAddress, str],
+) -> list[str]:
+    """Why a GPU is not free, for the evidence of a refusal."""
+    reasons = list(unfit(gpu.address, host=host))
+    if gpu.address in taken:
+        reasons.append(f"lent to {'/'.join(taken[gpu.address])}")
+    elif gpu.address in given:
+        reasons.append(f"goes to {given[gpu.address]}")
+    return reasons
+
+
+def _hold_if_group_is_split(given: Mapping[PciAddress, str], *, host: Host) -> None:
+    """Raise Refused when GPUs of one IOMMU group go to different nodes: VFIO opens a group
+    for one process only."""
+    owner: dict[int, tuple[PciAddress, str]] = {}
+    for address, node in given.items():
+        group = host.devices[address].iommu_group
+        if group is None:
+            continue
+        other, first = owner.setdefault(group, (address, node))
+        if first != node:
+            raise Refused(
+                f"GPUs {other} and {address} share IOMMU group {group} and go to two nodes, "
+                f"{first} and {node}",
+                details="a group is the unit of ownership: it goes to one guest as a whole",
+                remedy=f"give both to {first}",
+            )

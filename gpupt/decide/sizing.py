@@ -1,0 +1,67 @@
+"""Whether a cluster fits the machine it is to run on: memory is pinned, CPUs can be shared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from gpupt.errors import Refused
+from gpupt.model.cluster import Capacity, ClusterSpec, NodeSpec
+from gpupt.model.host import Finding, Severity
+
+# QEMU's own memory for each guest (device models, page tables, migration bitmaps): a floor
+# seen with q35 and virtio devices, and kept free beside the guests' memory.
+QEMU_OVERHEAD = 160 << 20
+
+
+def show_size(size: int) -> str:
+    """Bytes for a person: the largest unit that keeps it readable (``2560 MiB``, ``3 GiB``)."""
+    for unit, factor in (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if size >= factor and size % factor == 0:
+            return f"{size // factor} {unit}"
+    return f"{size / (1 << 30):.1f} GiB" if size >= 1 << 30 else f"{size} bytes"
+
+
+def assess_size(
+    spec: ClusterSpec, *, starting: Sequence[NodeSpec], capacity: Capacity
+) -> tuple[Finding, ...]:
+    """Warnings about the nodes that are to be started on a machine of that capacity.
+
+    Raises Refused when their memory does not fit: passthrough pins every page of a guest,
+    so there is nothing to overcommit.
+    """
+    wanted = sum(node.memory + QEMU_OVERHEAD for node in starting)
+    if wanted > capacity.available:
+        lines = [f"{node.name}: {show_size(node.memory)}" for node in starting]
+        raise Refused(
+            f"{spec.name} needs {show_size(wanted)} of memory, and "
+            f"{show_size(capacity.available)} of this machine's are available",
+            details=(
+                *lines,
+                f"and {show_size(QEMU_OVERHEAD)} for QEMU itself with each node",
+                f"the machine has {show_size(capacity.memory)} in all",
+            ),
+            remedy="give the nodes less memory, or end what uses the machine's",
+        )
+    findings = []
+    for node in starting:
+        if node.cpus > capacity.cpus:
+            findings.append(
+                Finding(
+                    id="cpus-overcommitted",
+                    severity=Severity.WARN,
+                    subject=node.name,
+                    brief=f"{node.name} has {node.cpus} CPUs and the machine {capacity.cpus}",
+                    remedy=f"give it at most {capacity.cpus}",
+                )
+            )
+    whole = sum(node.cpus for node in spec.nodes)
+    if whole > capacity.cpus:
+        findings.append(
+            Finding(
+                id="cpus-shared",
+                severity=Severity.INFO,
+                subject=spec.name,
+                brief=f"the nodes' {whole} CPUs share the machine's {capacity.cpus}",
+            )
+        )
+    return tuple(findings)
