@@ -42,6 +42,19 @@ class Roll:
     digest: str
 
 
+# The roll that installs gpupt itself: its layer also depends on gpupt's own source.
+SELF = "gpupt"
+
+
+@dataclass(frozen=True, slots=True)
+class Ground:
+    """What every layer stands on: Debian's architecture and suite, and gpupt's own source."""
+
+    architecture: str
+    suite: str
+    source_digest: str
+
+
 @dataclass(frozen=True, slots=True)
 class Layer:
     """One baked roll on top of the layers below it; ``digest`` covers all of them."""

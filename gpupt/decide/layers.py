@@ -1,0 +1,87 @@
+"""Pure: which rolls a node needs, in what order they are baked, and what the results are
+called.  A layer's digest covers everything that goes into it and into the layers below."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+from gpupt.errors import BadInput
+from gpupt.model.roll import SELF, Ground, Layer, Roll
+
+# Raised when the way of baking changes what a roll with the same files turns into.
+BAKE_FORMAT = 1
+BASE = "base"
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """Layers from the base upwards, and the digest of the image made of them."""
+
+    layers: tuple[Layer, ...]
+    digest: str
+
+    @property
+    def rolls(self) -> tuple[str, ...]:
+        return tuple(layer.roll for layer in self.layers)
+
+
+def closure(wanted: Iterable[str], rolls: Mapping[str, Roll]) -> tuple[Roll, ...]:
+    """The wanted rolls and all they need, each after what it needs, the base first.
+
+    The order depends on the set alone, never on the order it was asked for in, so that
+    equal sets share an image.  Raises BadInput for an unknown roll and for a circle.
+    """
+    done: dict[str, Roll] = {}
+
+    def add(name: str, path: tuple[str, ...]) -> None:
+        if name in done:
+            return
+        if name in path:
+            circle = " → ".join((*path[path.index(name) :], name))
+            raise BadInput(f"rolls need each other in a circle: {circle}")
+        roll = _known(name, rolls, needed_by=path[-1] if path else None)
+        for need in sorted(roll.needs):
+            add(need, (*path, name))
+        done[name] = roll
+
+    for name in (BASE, *sorted(set(wanted))):
+        add(name, ())
+    return tuple(done.values())
+
+
+def plan_stack(wanted: Iterable[str], rolls: Mapping[str, Roll], *, ground: Ground) -> Stack:
+    """The layers to bake for the wanted rolls; raises BadInput as ``closure`` does."""
+    layers: list[Layer] = []
+    below: str | None = None
+    for roll in closure(wanted, rolls):
+        inputs = [str(BAKE_FORMAT), ground.architecture, ground.suite, below or "", roll.digest]
+        if roll.name == SELF:
+            inputs.append(ground.source_digest)
+        digest = short_digest(*inputs)
+        layers.append(Layer(roll.name, digest, below))
+        below = digest
+    return Stack(tuple(layers), short_digest("image", str(BAKE_FORMAT), below or ""))
+
+
+def short_digest(*parts: str) -> str:
+    """The first 64 bits of the SHA-256 over the parts, each with its length, in hex."""
+    total = hashlib.sha256()
+    for part in parts:
+        raw = part.encode()
+        total.update(f"{len(raw)}:".encode())
+        total.update(raw)
+    return total.hexdigest()[:16]
+
+
+def _known(name: str, rolls: Mapping[str, Roll], *, needed_by: str | None) -> Roll:
+    if name in rolls:
+        return rolls[name]
+    near = get_close_matches(name, rolls, 3)
+    raise BadInput(
+        f"no roll is called {name!r}" + (f", which {needed_by} needs" if needed_by else ""),
+        details="the rolls are " + ", ".join(sorted(rolls)),
+        remedy=f"did you mean {' or '.join(near)}?" if near else "gpupt roll list shows them",
+    )

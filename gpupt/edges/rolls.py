@@ -1,0 +1,138 @@
+"""Reads rolls: a folder each, with roll.yaml and an Ansible role."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+
+from gpupt.edges.resources import resource_folder
+from gpupt.edges.yamlfile import Value, read_yaml
+from gpupt.errors import BadInput
+from gpupt.model.roll import Check, Job, Roll
+
+_NAME = re.compile(r"[a-z][a-z0-9-]{0,31}")
+_ROLES = ("frontend", "compute", "host")
+_IGNORED = {"__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache"}
+_LONGEST = 24 * 3600
+
+
+def read_rolls(folder: Path | None = None) -> dict[str, Roll]:
+    """Every roll under ``folder`` (by default this installation's) by name, sorted.
+
+    Raises BadInput with file, line and column.
+    """
+    folder = folder or resource_folder("rolls")
+    return {
+        entry.name: read_roll(entry)
+        for entry in sorted(folder.iterdir())
+        if (entry / "roll.yaml").is_file()
+    }
+
+
+def read_roll(folder: Path) -> Roll:
+    """The roll in that folder; its name is the folder's.  Raises BadInput."""
+    if not _NAME.fullmatch(folder.name):
+        raise BadInput(
+            f"{folder.name!r} cannot be a roll's name",
+            details=f"at {folder}",
+            remedy="use lower-case letters, digits and hyphens",
+        )
+    fields = read_yaml(folder / "roll.yaml").fields(
+        "version",
+        "summary",
+        "needs",
+        "packages",
+        "lock",
+        "checks",
+        "jobs",
+        required=("version", "summary"),
+    )
+    return Roll(
+        name=folder.name,
+        version=fields["version"].text(),
+        summary=fields["summary"].text(),
+        needs=_texts(fields.get("needs")),
+        packages=_texts(fields.get("packages")),
+        lock=_lock(fields.get("lock"), folder),
+        checks=tuple(_check(item) for item in _items(fields.get("checks"))),
+        jobs=tuple(_job(item) for item in _items(fields.get("jobs"))),
+        digest=folder_digest(folder),
+    )
+
+
+def files_of(folder: Path) -> list[Path]:
+    """Every file of a folder but caches, sorted by its path."""
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and not _IGNORED.intersection(path.relative_to(folder).parts)
+    )
+
+
+def folder_digest(folder: Path) -> str:
+    """SHA-256 over the path and content of every file.
+
+    Modes are left out: they differ between a checkout and an installed wheel, so roles
+    state the mode of what they install.
+    """
+    total = hashlib.sha256()
+    for path in files_of(folder):
+        content = hashlib.sha256(path.read_bytes()).hexdigest()
+        total.update(f"{path.relative_to(folder).as_posix()}\0{content}\n".encode())
+    return total.hexdigest()
+
+
+def _items(value: Value | None) -> tuple[Value, ...]:
+    return tuple(value.items()) if value else ()
+
+
+def _texts(value: Value | None) -> tuple[str, ...]:
+    return tuple(item.text() for item in _items(value))
+
+
+def _lock(value: Value | None, folder: Path) -> str | None:
+    if value is None:
+        return None
+    name = value.text()
+    if not (folder / name).is_file():
+        value.wrong(f"the lock {name!r} is not there", expected=f"a file under {folder}")
+    return name
+
+
+def _check(value: Value) -> Check:
+    fields = value.fields(
+        "name", "command", "roles", "deadline", required=("name", "command", "roles", "deadline")
+    )
+    for item in fields["roles"].items():
+        if item.text() not in _ROLES:
+            item.wrong(f"no node has the role {item.text()!r}", expected=", ".join(_ROLES))
+    return Check(
+        name=fields["name"].text(),
+        command=_command(fields["command"]),
+        roles=_texts(fields["roles"]),
+        deadline=fields["deadline"].whole(least=1, most=_LONGEST),
+    )
+
+
+def _job(value: Value) -> Job:
+    fields = value.fields(
+        "name",
+        "summary",
+        "command",
+        "deadline",
+        required=("name", "summary", "command", "deadline"),
+    )
+    return Job(
+        name=fields["name"].text(),
+        summary=fields["summary"].text(),
+        command=_command(fields["command"]),
+        deadline=fields["deadline"].whole(least=1, most=_LONGEST),
+    )
+
+
+def _command(value: Value) -> tuple[str, ...]:
+    words = _texts(value)
+    if not words:
+        value.wrong("the command is empty", expected="a program and its arguments, as a list")
+    return words

@@ -1,0 +1,137 @@
+"""Where packages come from: the machine's own apt and pip configuration, read, never
+guessed; no host name stands in this program."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from gpupt.edges.process import run
+from gpupt.errors import BadInput, GpuptError
+
+MIRROR_VARIABLE = "GPUPT_DEBIAN_MIRROR"
+SUITE = "trixie"
+_CERTIFICATES = (
+    "/etc/ssl/certs/ca-certificates.crt",
+    "/etc/pki/tls/certs/ca-bundle.crt",
+    "/etc/ssl/ca-bundle.pem",
+)
+_PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """What a bake downloads from.  ``mirror`` None: mmdebstrap's own default.
+
+    ``environment`` and ``find_links`` are uv's; both may hold secrets: never printed.
+    """
+
+    mirror: str | None
+    apt_options: tuple[str, ...]
+    environment: Mapping[str, str]
+    find_links: tuple[str, ...]
+    certificates: Path | None
+
+
+def architecture() -> str:
+    """Debian's name of this machine's architecture."""
+    machine = platform.machine()
+    return {"x86_64": "amd64", "aarch64": "arm64"}.get(machine, machine)
+
+
+def read_sources(*, mirror: str | None = None) -> Sources:
+    """The machine's package sources; ``mirror`` or GPUPT_DEBIAN_MIRROR go before apt's."""
+    chosen = mirror or os.environ.get(MIRROR_VARIABLE) or _debian_mirror()
+    if chosen and (urlsplit(chosen).username or urlsplit(chosen).password):
+        raise BadInput(
+            "the Debian mirror's address holds a user name or a password",
+            details="it would be written into every image",
+            remedy="put it into /etc/apt/auth.conf.d/ and leave it out of the address",
+        )
+    settings = pip_settings(_pip_config(), os.environ)
+    environment, find_links = uv_sources(settings)
+    for name in _PROXIES:
+        for spelling in (name, name.upper()):
+            if spelling in os.environ:
+                environment[spelling] = os.environ[spelling]
+    named = settings.get("cert") or os.environ.get("SSL_CERT_FILE")
+    certificates = next((Path(p) for p in (named, *_CERTIFICATES) if p and Path(p).is_file()), None)
+    return Sources(chosen, _apt_options(), environment, find_links, certificates)
+
+
+def debian_mirror(targets: str) -> str | None:
+    """The Debian archive among apt's index targets, lines of ``URI⇥origin⇥label``; None
+    when there is none, as on a machine that is not Debian."""
+    for line in targets.splitlines():
+        uri, _, rest = line.partition("\t")
+        origin, _, label = rest.partition("\t")
+        if origin == "Debian" and label == "Debian":
+            return uri.rstrip("/")
+    return None
+
+
+def pip_settings(listing: str, environment: Mapping[str, str]) -> dict[str, str]:
+    """Pip's settings by name (``index-url``): ``pip config list``, then PIP_* over it."""
+    found: dict[str, str] = {}
+    for line in listing.splitlines():
+        match = re.fullmatch(r"(?:global|install|user|site)\.([a-z-]+)='(.*)'", line)
+        if match:
+            found[match[1]] = match[2].replace("\\n", " ").strip()
+    for name, value in environment.items():
+        if name.startswith("PIP_") and value:
+            found[name[4:].lower().replace("_", "-")] = value
+    return found
+
+
+def uv_sources(settings: Mapping[str, str]) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Pip's settings as uv's environment, and the find-links (folders or addresses) apart."""
+    environment: dict[str, str] = {}
+    if "index-url" in settings:
+        environment["UV_DEFAULT_INDEX"] = settings["index-url"]
+    if settings.get("extra-index-url"):
+        environment["UV_INDEX"] = " ".join(settings["extra-index-url"].split())
+    if settings.get("trusted-host"):
+        environment["UV_INSECURE_HOST"] = " ".join(settings["trusted-host"].split())
+    if settings.get("no-index", "").lower() in {"1", "true", "yes", "on"}:
+        environment["UV_NO_INDEX"] = "1"
+    return environment, tuple(shlex.split(settings.get("find-links", "")))
+
+
+def _debian_mirror() -> str | None:
+    layout = "$(REPO_URI)\t$(ORIGIN)\t$(LABEL)"
+    try:
+        return debian_mirror(
+            run(["apt-get", "indextargets", "--format", layout], deadline=30).stdout
+        )
+    except GpuptError:
+        return None  # no apt: not a Debian, so nothing to learn from it
+
+
+def _pip_config() -> str:
+    try:
+        done = run([sys.executable, "-m", "pip", "config", "list"], deadline=60, check=False)
+    except GpuptError:
+        return ""
+    return done.stdout if done.status == 0 else ""
+
+
+def _apt_options() -> tuple[str, ...]:
+    """Apt's proxy settings, so that apt in the bake reaches what apt here reaches."""
+    try:
+        dump = run(["apt-config", "dump"], deadline=30).stdout
+    except GpuptError:
+        return ()
+    return tuple(
+        f"{key}={value}"
+        for key, value in re.findall(
+            r'^(Acquire::(?:http|https)::Proxy(?:::[^ ]+)?) "(.*)";$', dump, re.M
+        )
+        if value
+    )
