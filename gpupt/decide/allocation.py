@@ -7,10 +7,13 @@ the order of the nodes, MACs follow the names, and a node keeps the GPUs it alre
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from hashlib import sha256
 from ipaddress import IPv4Address, IPv4Network
 
+from gpupt.decide.binding import Preflight
+from gpupt.decide.viability import assess_lending
 from gpupt.errors import BadInput, Refused
 from gpupt.model.cluster import (
     Allocation,
@@ -22,7 +25,8 @@ from gpupt.model.cluster import (
     Placement,
     Route,
 )
-from gpupt.model.host import Gpu, Host, Loan
+from gpupt.model.gpus import VFIO
+from gpupt.model.host import Finding, Gpu, Host, Loan
 from gpupt.model.pci import PciAddress
 
 # Nodes follow the gateway at a distance that leaves room for what people put by hand.
@@ -33,8 +37,9 @@ def allocate(
     spec: ClusterSpec,
     *,
     host: Host,
-    loans: Sequence[Loan] = (),
+    loans: Mapping[PciAddress, Loan] | None = None,
     domains: Sequence[Domain] = (),
+    preflight: Preflight | None = None,
     aliases: Mapping[str, PciAddress] | None = None,
     places: Mapping[str, str] | None = None,
 ) -> Allocation:
@@ -45,7 +50,14 @@ def allocate(
     """
     places = places or {}
     named = _resolve_named(spec, host=host, aliases=aliases or {}, places=places)
-    taken = {address: holder for holder, address in _holders(loans, domains)}
+    taken = {address: holder for holder, address in _holders((loans or {}).values(), domains)}
+    unfit = {
+        gpu.address: assess_lending(
+            host, gpu, loans=loans or {}, preflight=preflight or Preflight()
+        )
+        for gpu in host.gpus
+        if gpu.address not in taken
+    }
     chosen: dict[str, list[PciAddress]] = {}
     given: dict[PciAddress, str] = {}
     for node in spec.nodes:
@@ -63,14 +75,16 @@ def allocate(
                     f"GPU {address} is asked for by {given[address]} and {node.name}",
                     details=_at(place),
                 )
-            _hold_if_unfit(address, host=host, place=place)
+            _refuse_unfit(address, reasons=unfit.get(address, ()), place=place)
             given[address] = node.name
             chosen[node.name].append(address)
     for node in spec.nodes:
-        for address in _pick(spec, node=node, host=host, taken=taken, given=given, places=places):
+        pool = _Pool(host=host, taken=taken, given=given, unfit=unfit)
+        place = places.get(f"nodes[{spec.nodes.index(node)}].gpus", "")
+        for address in pool.pick(node, cluster=spec.name, place=place):
             given[address] = node.name
             chosen[node.name].append(address)
-    _hold_if_group_is_split(given, host=host)
+    _refuse_split_group(given, host=host)
     addresses = node_addresses(spec.subnet, count=len(spec.nodes))
     macs = node_macs(spec)
     return Allocation(
@@ -228,90 +242,67 @@ def _holders(
             yield (loan.cluster, loan.node or "?"), loan.gpu
 
 
-def _hold_if_unfit(address: PciAddress, *, host: Host, place: str) -> None:
-    """Raise Refused when the GPU is one that no guest can be given."""
-    for reason in unfit(address, host=host):
+def _refuse_unfit(address: PciAddress, *, reasons: Sequence[Finding], place: str) -> None:
+    """Raise Refused when there are reasons why no guest can be given the GPU."""
+    for reason in reasons:
         raise Refused(
-            f"GPU {address} cannot be lent: {reason}",
-            details=_at(place),
-            remedy="gpupt doctor explains it",
+            f"GPU {address} cannot be lent: {reason.brief}",
+            details=(*_at(place), *reason.evidence),
+            remedy=reason.remedy,
         )
 
 
-def unfit(address: PciAddress, *, host: Host) -> tuple[str, ...]:
-    """Why the GPU cannot be given to a guest, whoever asks; empty when it can."""
-    device = host.devices[address]
-    reasons = []
-    if device.lost:
-        reasons.append("it has fallen off the bus")
-    if device.iommu_group is None:
-        reasons.append("it is in no IOMMU group")
-    else:
-        members = set(host.groups[device.iommu_group].members)
-        reasons += [
-            f"its IOMMU group {device.iommu_group} holds {critical.address}: {critical.why}"
-            for critical in host.critical
-            if critical.address in members
+@dataclass(frozen=True, slots=True)
+class _Pool:
+    """The host's GPUs: who has them, to whom they go now, and what keeps others from going."""
+
+    host: Host
+    taken: Mapping[PciAddress, tuple[str, str]]
+    given: Mapping[PciAddress, str]
+    unfit: Mapping[PciAddress, Sequence[Finding]]
+
+    def pick(self, node: NodeSpec, *, cluster: str, place: str) -> list[PciAddress]:
+        """The GPUs for a node that asks for a count: those it has, then detached ones, then
+        the rest, each in the order of their addresses; raises Refused."""
+        mine = (cluster, node.name)
+
+        def preference(gpu: Gpu) -> tuple[bool, bool, PciAddress]:
+            has_it = self.taken.get(gpu.address) == mine
+            return (not has_it, gpu.device.binding.driver != VFIO, gpu.address)
+
+        free = [
+            gpu.address
+            for gpu in sorted(self.host.gpus, key=preference)
+            if gpu.address not in self.given
+            and self.taken.get(gpu.address, mine) == mine
+            and not self.unfit.get(gpu.address)
         ]
-    return tuple(reasons)
+        if len(free) < node.gpus.count:
+            raise Refused(
+                f"{node.name} asks for {_gpus(node.gpus.count)}, and {len(free)} can be had",
+                details=(
+                    *_at(place),
+                    f"this host has {_gpus(len(self.host.gpus))}",
+                    *(f"{gpu.address}: {self.why_not(gpu)}" for gpu in self.host.gpus),
+                ),
+                remedy="ask for fewer, or free one: gpupt status shows who has what",
+            )
+        return free[: node.gpus.count]
+
+    def why_not(self, gpu: Gpu) -> str:
+        """Why a GPU is not to be had, or that it is."""
+        if gpu.address in self.taken:
+            return f"lent to {'/'.join(self.taken[gpu.address])}"
+        if gpu.address in self.given:
+            return f"goes to {self.given[gpu.address]}"
+        return "; ".join(reason.brief for reason in self.unfit.get(gpu.address, ())) or "free"
 
 
-def _pick(
-    spec: ClusterSpec,
-    *,
-    node: NodeSpec,
-    host: Host,
-    taken: Mapping[PciAddress, tuple[str, str]],
-    given: Mapping[PciAddress, str],
-    places: Mapping[str, str],
-) -> list[PciAddress]:
-    """The GPUs for a node that asks for a count: those it has, then detached ones, then those
-    that display nothing, each in the order of their addresses; raises Refused."""
-    if not node.gpus.count:
-        return []
-
-    def preference(gpu: Gpu) -> tuple[bool, bool, bool, PciAddress]:
-        mine = taken.get(gpu.address) == (spec.name, node.name)
-        detached = gpu.device.binding.driver == "vfio-pci"
-        return (not mine, not detached, bool(gpu.device.boot_vga), gpu.address)
-
-    free = [
-        gpu.address
-        for gpu in sorted(host.gpus, key=preference)
-        if gpu.address not in given
-        and taken.get(gpu.address, (spec.name, node.name)) == (spec.name, node.name)
-        and not unfit(gpu.address, host=host)
-    ]
-    if len(free) < node.gpus.count:
-        number = spec.nodes.index(node)
-        details = [*_at(places.get(f"nodes[{number}].gpus", ""))]
-        details.append(f"this host has {len(host.gpus)} GPUs")
-        for gpu in host.gpus:
-            details += [f"{gpu.address}: {why}" for why in _why_not(gpu, host, taken, given)]
-        raise Refused(
-            f"{node.name} asks for {node.gpus.count} GPUs, and {len(free)} are free",
-            details=tuple(details),
-            remedy="ask for fewer, or free one: gpupt status shows who has what",
-        )
-    return free[: node.gpus.count]
+def _gpus(count: int) -> str:
+    return f"{count} GPU" if count == 1 else f"{count} GPUs"
 
 
-def _why_not(
-    gpu: Gpu,
-    host: Host,
-    taken: Mapping[PciAddress, tuple[str, str]],
-    given: Mapping[PciAddress, str],
-) -> list[str]:
-    """Why a GPU is not free, for the evidence of a refusal."""
-    reasons = list(unfit(gpu.address, host=host))
-    if gpu.address in taken:
-        reasons.append(f"lent to {'/'.join(taken[gpu.address])}")
-    elif gpu.address in given:
-        reasons.append(f"goes to {given[gpu.address]}")
-    return reasons
-
-
-def _hold_if_group_is_split(given: Mapping[PciAddress, str], *, host: Host) -> None:
+def _refuse_split_group(given: Mapping[PciAddress, str], *, host: Host) -> None:
     """Raise Refused when GPUs of one IOMMU group go to different nodes: VFIO opens a group
     for one process only."""
     owner: dict[int, tuple[PciAddress, str]] = {}
