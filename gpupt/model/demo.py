@@ -226,7 +226,7 @@ EMULATED_PROVES = (
     "for vfio-pci, QEMU gave it to a guest, and the guest drove it with DMA through the IOMMU.",
     "libvirt, the cluster's network, SSH with pinned host keys, the images and their rolls: "
     "the same code, kernel and daemons as on a real host.",
-    "Giving back: each function was read again after `down` and stood on the driver it came from.",
+    "Giving back: each function was read again at the end and stood on the driver it came from.",
     "Spark's GPU scheduling: each worker found its node's GPU, and tasks were given its address.",
 )
 EMULATED_DOES_NOT_PROVE = (

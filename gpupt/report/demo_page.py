@@ -41,13 +41,15 @@ class Tile:
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """An IOMMU group in the picture: ``holder`` is who had its endpoints at that moment."""
+    """An IOMMU group in the picture: ``holder`` is who had its endpoints at that moment,
+    named in a pill ``pill`` wide."""
 
     y: int
     height: int
     title: str
     port: str
     holder: str
+    pill: int
     colour: str
     tiles: tuple[Tile, ...]
 
@@ -158,7 +160,8 @@ def draw_group(group: HostGroup, moment: str, *, y: int, colours: dict[str, str]
         height=HEADER + ROW * len(group.functions) + 4,
         title=f"IOMMU group {group.number}",
         port=f"root port {short(ports[0])}" if len(ports) == 1 else "",
-        holder=holder,
+        holder=shortened(holder, 14),
+        pill=max(50, 18 + 7 * min(len(holder), 14)),
         colour=colours.get(holder, "holder-none"),
         tiles=shown,
     )
@@ -169,7 +172,7 @@ def draw_function(function: HostFunction, moment: str, *, y: int, colours: dict[
     held = holding(function, moment)
     return Tile(
         y=y,
-        name=function.name if len(function.name) <= 40 else f"{function.name[:39]}…",
+        name=shortened(function.name or "unnamed", 37),
         address=str(function.address),
         id=str(function.id),
         driver=held.driver or "no driver",
@@ -188,6 +191,11 @@ def holding(function: HostFunction, moment: str) -> Holding:
             return function.during
         case _:
             return function.after
+
+
+def shortened(text: str, most: int) -> str:
+    """A text of at most that many characters, an ellipsis in place of what is cut."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def short(address: str) -> str:
@@ -243,10 +251,15 @@ def measures(found: ClassifierResult) -> tuple[Measure, ...]:
 
 
 def percent(value: float, sample: int = 0) -> str:
-    """A fraction as per cent, with its 95 % interval (normal approximation) for a sample."""
+    """A fraction as per cent, with the 95 % interval (Wilson's) of a sample of that size."""
     text = f"{100 * value:.1f} %"
     if sample > 0:
-        text += f" ± {196 * sqrt(max(value * (1 - value), 0) / sample):.1f}"
+        z = 1.96
+        middle = (value + z * z / (2 * sample)) / (1 + z * z / sample)
+        spread = value * (1 - value) / sample + z * z / (4 * sample * sample)
+        half = z / (1 + z * z / sample) * sqrt(spread)
+        low, high = max(middle - half, 0.0), min(middle + half, 1.0)
+        text += f" ({100 * low:.1f} to {100 * high:.1f})"
     return text
 
 

@@ -1,0 +1,69 @@
+"""The host as the JSON that scripts rely on; what is unknown is null."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from gpupt.model.gpus import state_of
+from gpupt.model.host import Finding, Gpu, Host, Loan
+from gpupt.model.pci import PciAddress
+
+Loans = Mapping[PciAddress, Loan]
+
+
+def list_json(host: Host, loans: Loans) -> dict[str, Any]:
+    """``gpupt list --json``."""
+    return {"gpus": [gpu_json(gpu, host=host, loans=loans) for gpu in host.gpus]}
+
+
+def gpu_json(gpu: Gpu, *, host: Host, loans: Loans) -> dict[str, Any]:
+    """One GPU; ids are lower-case hex without 0x, sizes are bytes, speeds GT/s."""
+    device = gpu.device
+    loan = loans.get(gpu.address)
+    group = host.groups.get(-1 if device.iommu_group is None else device.iommu_group)
+    lease = loan is not None and loan.node is not None
+    return {
+        "address": str(device.address),
+        "vendor_id": f"{device.id.vendor:04x}",
+        "device_id": f"{device.id.device:04x}",
+        "class": f"{device.class_code:06x}",
+        "name": device.name,
+        "driver": device.binding.driver,
+        "driver_override": device.binding.override,
+        "iommu_group": device.iommu_group,
+        "group_members": [str(member) for member in group.members] if group else [],
+        "companions": [str(companion) for companion in gpu.companions],
+        "numa_node": device.numa_node,
+        "boot_vga": device.boot_vga,
+        "link": {
+            "width": device.link.width,
+            "max_width": device.link.max_width,
+            "speed": device.link.speed,
+            "max_speed": device.link.max_speed,
+        },
+        "bars": [
+            {
+                "index": bar.index,
+                "size": bar.size,
+                "prefetchable": bar.prefetchable,
+                "bits": bar.bits,
+            }
+            for bar in device.bars
+        ],
+        "reset_methods": None if device.reset_methods is None else list(device.reset_methods),
+        "state": state_of(gpu, loan).value,
+        "lease": {"cluster": loan.cluster, "node": loan.node} if loan and lease else None,
+    }
+
+
+def finding_json(finding: Finding) -> dict[str, Any]:
+    """One finding of ``doctor --json`` or ``plan --json``."""
+    return {
+        "id": finding.id,
+        "severity": finding.severity.value,
+        "subject": finding.subject,
+        "brief": finding.brief,
+        "evidence": list(finding.evidence),
+        "remedy": finding.remedy,
+    }

@@ -1,0 +1,165 @@
+"""Values as compact tables of text; colour is for terminals, and whoever prints decides."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from gpupt.model.gpus import state_of
+from gpupt.model.host import Finding, Gpu, GpuState, Host, Loan
+from gpupt.model.pci import Bar, Link, PciAddress, PciDevice
+
+COLOURS = {
+    "host": "32",
+    "driverless": "33",
+    "detached": "36",
+    "lent": "35;1",
+    "lost": "31;1",
+    "fail": "31;1",
+    "warn": "33",
+    "info": "36",
+    "dim": "2",
+    "head": "1",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """A piece of text, and the name of the colour it has on a terminal."""
+
+    text: str
+    colour: str = ""
+
+
+def table(
+    head: Sequence[str], rows: Sequence[Sequence[Cell]], *, colour: bool, width: int | None = None
+) -> list[str]:
+    """Columns as wide as they must be; the last is cut to ``width`` characters a line."""
+    cells = [[Cell(text, "head") for text in head], *rows]
+    widths = [max(len(row[column].text) for row in cells) for column in range(len(head))]
+    if width is not None:
+        rest = width - sum(widths[:-1]) - 2 * (len(widths) - 1)
+        widths[-1] = max(min(widths[-1], rest), 8)
+    lines = []
+    for row in cells:
+        parts = []
+        for cell, room in zip(row, widths, strict=True):
+            text = cell.text if len(cell.text) <= room else f"{cell.text[: room - 1]}…"
+            parts.append(paint(text, cell.colour, colour=colour) + " " * (room - len(text)))
+        lines.append("  ".join(parts).rstrip())
+    return lines
+
+
+def paint(text: str, name: str, *, colour: bool) -> str:
+    """The text in that colour, where there is colour."""
+    code = COLOURS.get(name)
+    return f"\x1b[{code}m{text}\x1b[0m" if colour and code and text else text
+
+
+def gpu_table(
+    host: Host, loans: Mapping[PciAddress, Loan], *, colour: bool, width: int | None = None
+) -> list[str]:
+    """``gpupt list``: a line for each GPU."""
+    if not host.gpus:
+        return ["no GPUs on this host"]
+    rows = [gpu_row(gpu, host=host, loan=loans.get(gpu.address)) for gpu in host.gpus]
+    head = ["GPU", "STATE", "DRIVER", "GROUP", "NUMA", "LINK", "BAR", "ID", "NAME"]
+    # A column that says nothing of any card is left out.
+    kept = [
+        column
+        for column in range(len(head))
+        if head[column] not in {"NUMA", "LINK", "BAR"}
+        or any(row[column].text != "–" for row in rows)
+    ]
+    return table(
+        [head[column] for column in kept],
+        [[row[column] for column in kept] for row in rows],
+        colour=colour,
+        width=width,
+    )
+
+
+def gpu_row(gpu: Gpu, *, host: Host, loan: Loan | None) -> list[Cell]:
+    """A GPU's cells in ``gpupt list``."""
+    device = gpu.device
+    state = state_of(gpu, loan)
+    said = state.value
+    if state is GpuState.LENT and loan is not None:
+        said = f"lent {loan.cluster}/{loan.node}"
+    notes = []
+    if device.boot_vga:
+        notes.append("boot display")
+    if device.physfn is not None:
+        notes.append(f"VF of {device.physfn}")
+    if device.sriov_numvfs:
+        notes.append(f"{device.sriov_numvfs} VFs")
+    name = device.name or ""
+    return [
+        Cell(str(device.address)),
+        Cell(said, state.value),
+        Cell(driver_of(device), "" if device.binding.driver else "dim"),
+        Cell(group_of(gpu, host=host)),
+        Cell("–" if device.numa_node is None else str(device.numa_node)),
+        Cell(link_of(device.link)),
+        Cell(largest_bar(device.bars)),
+        Cell(str(device.id), "dim"),
+        Cell(f"{name} ({', '.join(notes)})".strip() if notes else name),
+    ]
+
+
+def driver_of(device: PciDevice) -> str:
+    """The driver, and an override that is not the driver itself."""
+    driver, override = device.binding.driver, device.binding.override
+    if override and override != driver:
+        return f"{driver or '–'} (override {override})"
+    return driver or "–"
+
+
+def group_of(gpu: Gpu, *, host: Host) -> str:
+    """The group's number, and how many other functions leave with the GPU: ``14 +1``."""
+    number = gpu.device.iommu_group
+    members = host.groups[number].members if number is not None else ()
+    others = {m for m in members if not host.devices[m].is_bridge} | set(gpu.companions)
+    others.discard(gpu.address)
+    more = f" +{len(others)}" if others else ""
+    return f"{'–' if number is None else number}{more}"
+
+
+def link_of(link: Link) -> str:
+    """``x16 32 GT/s``; ``x8/x16 16/32 GT/s`` for a link that runs below what it could."""
+    if link.width is None and link.speed is None:
+        return "–"
+    width = f"x{link.width}" if link.width is not None else "x?"
+    if link.max_width is not None and link.max_width != link.width:
+        width += f"/x{link.max_width}"
+    speed = f"{link.speed:g}" if link.speed is not None else "?"
+    if link.max_speed is not None and link.max_speed != link.speed:
+        speed += f"/{link.max_speed:g}"
+    return f"{width} {speed} GT/s"
+
+
+def largest_bar(bars: Sequence[Bar]) -> str:
+    """The size of the largest BAR."""
+    return size_of(max(bar.size for bar in bars)) if bars else "–"
+
+
+def size_of(size: int) -> str:
+    """Bytes in the largest unit that is whole: ``256 MiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024 or size % 1024:
+            return f"{size} {unit}"
+        size //= 1024
+    return f"{size} TiB"
+
+
+def finding_lines(findings: Sequence[Finding], *, colour: bool) -> list[str]:
+    """``gpupt doctor``: each finding with its evidence and what to do."""
+    lines = []
+    for finding in findings:
+        mark = paint(f"{finding.severity.value:<4}", finding.severity.value, colour=colour)
+        name = paint(finding.id, "head", colour=colour)
+        lines.append(f"{mark}  {name}  {finding.subject}: {finding.brief}")
+        lines.extend(f"      {paint(line, 'dim', colour=colour)}" for line in finding.evidence)
+        if finding.remedy:
+            lines.append(f"      → {finding.remedy}")
+    return lines
