@@ -6,12 +6,13 @@ reason shown to a person.  No action means nothing to do.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from gpupt.model.cluster import Allocation, Placement
-from gpupt.model.host import FunctionOrigin
-from gpupt.model.pci import PciAddress
+from gpupt.model.host import FunctionOrigin, Loan
+from gpupt.model.pci import DriverBinding, PciAddress
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,15 @@ class BindFunction:
     before: str | None
     after: str | None
     override: str | None
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseFunction:
+    """Clear the driver_override of a function that no loan knows, and let the kernel choose
+    its driver; verified when no override is left."""
+
+    address: PciAddress
     why: str
 
 
@@ -147,6 +157,7 @@ class AwaitRoll:
 
 Action: TypeAlias = (
     BindFunction
+    | ReleaseFunction
     | RecordLoan
     | LendGpu
     | ReturnGpu
@@ -172,10 +183,39 @@ class Plan:
     actions: tuple[Action, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class JournalEntry:
+    """One action of a run.  ``prior`` is the function's binding before a BindFunction;
+    ``done`` is False when the run ended between intent and completion."""
+
+    step: int
+    action: Action
+    prior: DriverBinding | None
+    done: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A plan that was begun; ``entries`` are the steps that were reached."""
+
+    number: int
+    plan: Plan
+    pid: int
+    entries: tuple[JournalEntry, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """What the journal says: loans by GPU, and runs that neither ended nor were recovered."""
+
+    loans: Mapping[PciAddress, Loan] = field(default_factory=dict)
+    unfinished: tuple[Run, ...] = ()
+
+
 def subject_of(action: Action) -> str:
     """What the action is about, for a person: an address, a node, a cluster, a roll."""
     match action:
-        case BindFunction():
+        case BindFunction() | ReleaseFunction():
             return str(action.address)
         case RecordLoan() | LendGpu() | ReturnGpu() | EraseLoan():
             return str(action.gpu)

@@ -27,6 +27,8 @@ class Settings:
     state: Path = Path("/var/lib/gpupt")
     as_json: bool = False
     verbose: int = 0
+    # Makes the Kernel of a root; tests give one that reacts as the kernel does.
+    kernel: Callable[[Path], Any] | None = None
 
     @classmethod
     def of(cls, base: Settings | None, **given: Any) -> Settings:
@@ -39,6 +41,7 @@ class Settings:
             state=Path(state) if state else base.state,
             as_json=base.as_json or bool(given.get("as_json")),
             verbose=max(base.verbose, given.get("verbose") or 0),
+            kernel=base.kernel,
         )
 
     def emit(self, data: Mapping[str, Any]) -> None:

@@ -68,6 +68,12 @@ class Value:
                 self.wrong(f"key {name!r} is missing", expected=f"a {name}")
         return found
 
+    def entries(self) -> dict[str, Value]:
+        """The mapping's values by key, whatever the keys are; refuses repeated ones."""
+        if not isinstance(self.node, yaml.MappingNode):
+            self.wrong(f"{self.path or 'the file'} is {self._kind()}", expected="a mapping")
+        return self.fields(*(str(key.value) for key, _ in self.node.value))
+
     def items(self) -> Iterator[Value]:
         """The sequence's values."""
         if not isinstance(self.node, yaml.SequenceNode):

@@ -40,6 +40,15 @@ class Critical:
 
 
 @dataclass(frozen=True, slots=True)
+class Holder:
+    """A process that has a GPU's device node open."""
+
+    pid: int
+    command: str
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
 class Host:
     """One reading of a machine; ``devices`` holds every PCI function by address."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from gpupt.actions import Ledger
 from gpupt.model.gpus import state_of
 from gpupt.model.host import Finding, Gpu, Host, Loan
 from gpupt.model.pci import PciAddress
@@ -66,4 +67,50 @@ def finding_json(finding: Finding) -> dict[str, Any]:
         "brief": finding.brief,
         "evidence": list(finding.evidence),
         "remedy": finding.remedy,
+    }
+
+
+def status_json(host: Host, ledger: Ledger) -> dict[str, Any]:
+    """``gpupt status --json``."""
+    return {
+        "loans": [loan_json(loan, host=host) for loan in ledger.loans.values()],
+        "unfinished": [
+            {
+                "verb": run.plan.verb,
+                "subject": run.plan.subject,
+                "pid": run.pid,
+                "actions": len(run.plan.actions),
+                "done": sum(entry.done for entry in run.entries),
+            }
+            for run in ledger.unfinished
+        ],
+        "overrides": [
+            {
+                "address": str(device.address),
+                "driver": device.binding.driver,
+                "driver_override": device.binding.override,
+            }
+            for device in host.devices.values()
+            if device.binding.override
+        ],
+    }
+
+
+def loan_json(loan: Loan, *, host: Host) -> dict[str, Any]:
+    """One loan: where each function came from, and where it is now."""
+    return {
+        "gpu": str(loan.gpu),
+        "cluster": loan.cluster,
+        "node": loan.node,
+        "functions": [
+            {
+                "address": str(origin.address),
+                "id": str(origin.identity.id),
+                "came_from": origin.binding.driver,
+                "driver": device.binding.driver if device else None,
+                "present": device is not None,
+            }
+            for origin in loan.origins
+            for device in (host.devices.get(origin.address),)
+        ],
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from gpupt.actions import Ledger
 from gpupt.model.gpus import state_of
 from gpupt.model.host import Finding, Gpu, GpuState, Host, Loan
 from gpupt.model.pci import Bar, Link, PciAddress, PciDevice
@@ -163,3 +164,60 @@ def finding_lines(findings: Sequence[Finding], *, colour: bool) -> list[str]:
         if finding.remedy:
             lines.append(f"      → {finding.remedy}")
     return lines
+
+
+def status_lines(host: Host, ledger: Ledger, *, colour: bool) -> list[str]:
+    """``gpupt status``: loans, unfinished runs, overrides."""
+    lines = loan_lines(host, ledger, colour=colour)
+    for run in ledger.unfinished:
+        done = sum(entry.done for entry in run.entries)
+        lines += [
+            "",
+            paint("unfinished: ", "fail", colour=colour)
+            + f"{run.plan.verb} {run.plan.subject} (PID {run.pid}, "
+            f"{done} of {len(run.plan.actions)} actions done)",
+            "  → gpupt recover",
+        ]
+    on_loan = {origin.address for loan in ledger.loans.values() for origin in loan.origins}
+    stray = [
+        device
+        for device in host.devices.values()
+        if device.binding.override and device.address not in on_loan
+    ]
+    if stray:
+        rows = [
+            [
+                Cell(str(device.address)),
+                Cell(device.binding.driver or "–"),
+                Cell(device.binding.override or ""),
+            ]
+            for device in stray
+        ]
+        lines += ["", "driver overrides that no loan explains:"]
+        lines += table(["FUNCTION", "DRIVER", "OVERRIDE"], rows, colour=colour)
+    return lines
+
+
+def loan_lines(host: Host, ledger: Ledger, *, colour: bool) -> list[str]:
+    """A line for each function on loan: who has it, and where it returns to."""
+    if not ledger.loans:
+        return ["no GPU is on loan"]
+    rows = []
+    for loan in ledger.loans.values():
+        lent = loan.node is not None
+        for origin in loan.origins:
+            device = host.devices.get(origin.address)
+            main = origin.address == loan.gpu
+            rows.append(
+                [
+                    Cell(f"{'' if main else '  '}{origin.address}"),
+                    Cell(
+                        (f"{loan.cluster}/{loan.node}" if lent else "nobody yet") if main else "",
+                        "lent" if lent else "detached",
+                    ),
+                    Cell("gone" if device is None else device.binding.driver or "–"),
+                    Cell(origin.binding.driver or "no driver"),
+                    Cell(str(origin.identity.id), "dim"),
+                ]
+            )
+    return table(["ON LOAN", "TO", "DRIVER", "RETURNS TO", "ID"], rows, colour=colour)

@@ -1,0 +1,177 @@
+"""Performs what concerns the host: moving functions between drivers, and keeping loans.
+
+Every action here says what shall be, not what to do: performed twice, the second writes
+nothing.  So a recovery may be cut short and started again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TypeAlias
+
+from gpupt.actions import (
+    Action,
+    BindFunction,
+    EraseLoan,
+    JournalEntry,
+    LendGpu,
+    RecordLoan,
+    ReleaseFunction,
+    ReturnGpu,
+)
+from gpupt.apply.world import World
+from gpupt.decide.inverse import inverse
+from gpupt.edges.kernel import Kernel
+from gpupt.errors import Failed
+from gpupt.model.host import Loan
+from gpupt.model.pci import DriverBinding, PciAddress
+
+HostAction: TypeAlias = (
+    BindFunction | ReleaseFunction | RecordLoan | LendGpu | ReturnGpu | EraseLoan
+)
+
+
+def is_host_action(action: Action) -> bool:
+    """Whether this module performs it."""
+    return isinstance(action, HostAction)
+
+
+def perform(action: Action, world: World) -> None:
+    """Bring about what the action says, and verify it; raises Failed, DeadlineExceeded."""
+    match action:
+        case BindFunction():
+            bind_function(action, world.kernel)
+        case ReleaseFunction():
+            release_function(action, world.kernel)
+        case RecordLoan(gpu=gpu, origins=origins):
+            known = world.journal.ledger.loans.get(gpu)
+            if known is None or known.origins != origins:
+                world.journal.record(Loan(gpu, origins))
+        case LendGpu(gpu=gpu, cluster=cluster, node=node):
+            world.journal.record(replace(loan_of(gpu, world), cluster=cluster, node=node))
+        case ReturnGpu(gpu=gpu):
+            # A loan that is gone is returned already: the step before a crash did it.
+            known = world.journal.ledger.loans.get(gpu)
+            if known is not None and known.cluster is not None:
+                world.journal.record(replace(known, cluster=None, node=None))
+        case EraseLoan(gpu=gpu):
+            erase_loan(gpu, world)
+        case _:
+            raise TypeError(f"{type(action).__name__} is not the host's")
+
+
+def undo(action: Action, prior: DriverBinding | None, world: World) -> None:
+    """Take back an action that was begun, wherever it was cut short."""
+    back = inverse(JournalEntry(0, action, prior, False))
+    if isinstance(back, BindFunction) and not world.kernel.present(back.address):
+        # A card that is gone took its override with it.
+        world.narrate(f"{back.address} is not on the bus any more: nothing to put back")
+    elif back is not None:
+        perform(back, world)
+
+
+def prior_of(action: Action, world: World) -> DriverBinding | None:
+    """What the action is going to change, for the journal."""
+    return world.kernel.binding(action.address) if isinstance(action, BindFunction) else None
+
+
+def loan_of(gpu: PciAddress, world: World) -> Loan:
+    """The GPU's loan; raises Failed."""
+    try:
+        return world.journal.ledger.loans[gpu]
+    except KeyError:
+        raise Failed(f"{gpu} was not detached by gpupt", remedy=f"gpupt detach {gpu}") from None
+
+
+def erase_loan(gpu: PciAddress, world: World) -> None:
+    """Forget a loan once every function that no other loan holds is where it came from."""
+    loans = dict(world.journal.ledger.loans)
+    loan = loans.pop(gpu, None)
+    if loan is None:
+        return
+    elsewhere = {origin.address for other in loans.values() for origin in other.origins}
+    astray = []
+    for origin in loan.origins:
+        # A card that is gone, or another one by now, has nothing to be put back.
+        card = world.kernel.identity(origin.address)
+        if origin.address in elsewhere or card is None or card.id != origin.identity.id:
+            continue
+        now = world.kernel.binding(origin.address)
+        if now != origin.binding:
+            astray.append(
+                f"{origin.address}: {in_words(now)}, came from {in_words(origin.binding)}"
+            )
+    if astray:
+        raise Failed(
+            f"{gpu} is not back where it came from",
+            details=tuple(astray),
+            remedy=f"gpupt attach {gpu}; its loan is kept until then",
+        )
+    world.journal.erase(gpu)
+
+
+def bind_function(action: BindFunction, kernel: Kernel) -> None:
+    """Move a function to ``action.after`` with ``action.override`` left on it.
+
+    The order (override, unbind, probe) leaves no moment in which another driver takes it.
+    """
+    address, wanted = action.address, DriverBinding(action.after, action.override)
+    now = kernel.binding(address)
+    if now == wanted:
+        return
+    if action.after is not None and not kernel.has_driver(action.after):
+        kernel.load_module(action.after)
+    # An override that names another driver would keep the wanted one from taking the function.
+    first = action.override if action.override in {None, action.after} else None
+    if now.driver != wanted.driver:
+        if now.override != first:
+            kernel.set_override(address, first)
+        if now.driver is not None:
+            kernel.unbind(address, now.driver)
+        if action.after is not None:
+            take(address, action.after, kernel=kernel)
+    if kernel.binding(address).override != action.override:
+        kernel.set_override(address, action.override)
+    verify(address, wanted, kernel=kernel)
+
+
+def release_function(action: ReleaseFunction, kernel: Kernel) -> None:
+    """Clear a function's override; off vfio-pci, with the driver that the kernel chooses."""
+    now = kernel.binding(action.address)
+    if now.override is not None:
+        kernel.set_override(action.address, None)
+        if now.driver == now.override:
+            kernel.unbind(action.address, now.driver)
+    if now.driver in {None, now.override}:
+        kernel.probe(action.address)
+    if kernel.binding(action.address).override is not None:
+        verify(action.address, DriverBinding(now.driver, None), kernel=kernel)
+
+
+def take(address: PciAddress, driver: str, *, kernel: Kernel) -> None:
+    """Let the bus probe the function, and bind by name if another driver, or none, took it."""
+    kernel.probe(address)
+    now = kernel.binding(address).driver
+    if now == driver:
+        return
+    if now is not None:
+        kernel.unbind(address, now)
+    kernel.bind(address, driver)
+
+
+def verify(address: PciAddress, wanted: DriverBinding, *, kernel: Kernel) -> None:
+    """Raises Failed unless the function is as wanted: the kernel's success is not proof."""
+    now = kernel.binding(address)
+    if now == wanted:
+        return
+    raise Failed(
+        f"{address} did not move to {wanted.driver or 'no driver'}",
+        details=(f"wanted {in_words(wanted)}", f"found {in_words(now)}, though no write failed"),
+        remedy=f"dmesg | grep {address} shows what the driver said",
+    )
+
+
+def in_words(binding: DriverBinding) -> str:
+    """``nvidia``, ``no driver``, ``vfio-pci (override vfio-pci)``."""
+    name = binding.driver or "no driver"
+    return f"{name} (override {binding.override})" if binding.override else name

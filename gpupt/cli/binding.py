@@ -1,0 +1,208 @@
+"""Verbs that move GPUs: detach, attach, recover."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import click
+
+from gpupt.actions import Ledger, Plan
+from gpupt.apply.world import World
+from gpupt.cli.context import Settings, changing, common, consent, plan_json
+from gpupt.cli.naming import named_gpu
+from gpupt.decide.binding import Loans, Preflight, choose_all, plan_attach, plan_detach
+from gpupt.decide.viability import closure
+from gpupt.edges.holders import read_holders, vfio_to_be_had
+from gpupt.edges.journal import Journal, read_ledger
+from gpupt.edges.kernel import Kernel
+from gpupt.edges.sysfs import Reader, read_host
+from gpupt.errors import BadInput, Failed, Refused
+from gpupt.model.host import Host
+from gpupt.model.pci import PciAddress
+
+
+@click.command()
+@click.argument("gpus", nargs=-1, metavar="GPU...")
+@click.option("--all", "everything", is_flag=True, help="Every GPU that can be taken.")
+@click.option("--boot-gpu", is_flag=True, help="Allow the GPU of the boot display too.")
+@changing
+@common
+def detach(
+    settings: Settings,
+    *,
+    gpus: tuple[str, ...],
+    everything: bool,
+    boot_gpu: bool,
+    dry_run: bool,
+    yes: bool,
+) -> None:
+    """Take GPUs from the host, for guests.
+
+    A GPU goes with its whole IOMMU group and all functions of its card, to vfio-pci.  Where
+    each function came from is written down first; `gpupt attach` restores exactly that.
+    Refused (exit 3, nothing touched) when a disk or network card of the host would go
+    along, when a process holds the GPU, or when it is the boot display.
+
+    \b
+    Examples:
+      gpupt detach 41:00.0 --dry-run      show what would be done
+      gpupt detach 41:00.0 42:00.0        take two GPUs
+      gpupt detach --all --yes            take all that can be taken, without asking
+    """
+    if everything == bool(gpus):
+        raise BadInput("name the GPUs to detach, or give --all", remedy="gpupt list shows them")
+    wanted = tuple(named_gpu(text, state=settings.state) for text in gpus)
+
+    def decide(host: Host, ledger: Ledger) -> Plan:
+        preflight = read_preflight(settings, host, boot_gpu=boot_gpu)
+        chosen = wanted
+        if everything:
+            chosen, left = choose_all(host, loans=ledger.loans, preflight=preflight)
+            for address, why in left:
+                settings.say(f"leaving {address}: {why}")
+            if not chosen:
+                raise Refused("no GPU can be detached", details=tuple(f"{a}: {w}" for a, w in left))
+        return plan_detach(host, gpus=chosen, loans=ledger.loans, preflight=preflight)
+
+    change(settings, decide, dry_run=dry_run, yes=yes)
+
+
+@click.command()
+@click.argument("gpus", nargs=-1, metavar="GPU...")
+@click.option("--all", "everything", is_flag=True, help="Every GPU that is on loan.")
+@changing
+@common
+def attach(
+    settings: Settings, *, gpus: tuple[str, ...], everything: bool, dry_run: bool, yes: bool
+) -> None:
+    """Give GPUs back to the host, to the drivers they came from.
+
+    Every function returns to the driver and the driver_override recorded when it was
+    detached, and that is verified.  A GPU that a node has is refused: take its cluster down.
+
+    \b
+    Examples:
+      gpupt attach 41:00.0
+      gpupt attach --all --yes
+    """
+    if everything == bool(gpus):
+        raise BadInput("name the GPUs to attach, or give --all", remedy="gpupt status shows them")
+    wanted = tuple(named_gpu(text, state=settings.state) for text in gpus)
+
+    def decide(host: Host, ledger: Ledger) -> Plan:
+        chosen = wanted
+        if everything:
+            chosen = free_loans(settings, ledger.loans)
+        return plan_attach(host, gpus=chosen, loans=ledger.loans)
+
+    change(settings, decide, dry_run=dry_run, yes=yes)
+
+
+def free_loans(settings: Settings, loans: Loans) -> tuple[PciAddress, ...]:
+    """The GPUs that ``attach --all`` gives back; says which stay with their nodes."""
+    for loan in loans.values():
+        if loan.node is not None:
+            settings.say(f"leaving {loan.gpu}: lent to {loan.cluster}/{loan.node}")
+    return tuple(loan.gpu for loan in loans.values() if loan.node is None)
+
+
+def read_preflight(settings: Settings, host: Host, *, boot_gpu: bool) -> Preflight:
+    """What detach must know beyond the host itself."""
+    reader = Reader(settings.root)
+    functions = {address for gpu in host.gpus for address in closure(host, gpu)}
+    return Preflight(
+        vfio=vfio_to_be_had(reader),
+        holders=read_holders(reader, host, functions),
+        boot_gpu=boot_gpu,
+    )
+
+
+def change(
+    settings: Settings,
+    decide: Callable[[Host, Ledger], Plan],
+    *,
+    dry_run: bool,
+    yes: bool,
+) -> None:
+    """Decide, show, ask, and carry out what was shown; nothing is touched before consent."""
+    from gpupt.apply.execute import execute
+
+    plan = decide(read_host(settings.root, whole=True), read_ledger(settings.state))
+    if not consent(settings, plan, dry_run=dry_run, yes=yes):
+        if settings.as_json and not dry_run and not plan.actions:
+            settings.emit(plan_json(plan))
+        return
+    with open_world(settings) as world:
+        now = decide(read_host(settings.root, whole=True), world.journal.ledger)
+        if now != plan:
+            raise Failed(
+                "the host changed while the plan was being shown; nothing was touched",
+                remedy="run the same command again",
+            )
+        execute(plan, world=world)
+    if settings.as_json:
+        settings.emit(plan_json(plan))
+    settings.say(f"{plan.verb} {plan.subject}: done")
+
+
+@contextmanager
+def open_world(settings: Settings) -> Iterator[World]:
+    """The world of this host, held for changing."""
+    with Journal(settings.state) as journal:
+        kernel = settings.kernel(settings.root) if settings.kernel else Kernel(settings.root)
+        yield World(kernel, journal, settings.detail)
+
+
+@click.command()
+@changing
+@common
+def recover(settings: Settings, *, dry_run: bool, yes: bool) -> None:
+    """Finish or undo what a crash cut short.
+
+    A detach or an up that did not come to its end is undone in reverse; an attach or a down
+    is carried on.  Overrides to vfio-pci that no loan knows and no process uses are cleared.
+    May be cut short itself, and run again.
+
+    \b
+    Examples:
+      gpupt recover --dry-run             show what is unfinished
+      gpupt recover --yes
+    """
+    from gpupt.apply.recover import recover as recover_run
+    from gpupt.apply.recover import release
+    from gpupt.decide.binding import plan_release
+    from gpupt.decide.inverse import plan_recovery
+
+    def decide(host: Host, ledger: Ledger) -> tuple[Plan, Plan]:
+        plans = [plan_recovery(run, host=host).plan for run in reversed(ledger.unfinished)]
+        reader = Reader(settings.root)
+        holders = read_holders(reader, host, host.devices)
+        orphans = plan_release(host, ledger=ledger, holders=holders)
+        subject = "; ".join(plan.subject for plan in [*plans, orphans] if plan.actions)
+        actions = tuple(action for plan in [*plans, orphans] for action in plan.actions)
+        return Plan("recover", subject or "this host", actions), orphans
+
+    ledger = read_ledger(settings.state)
+    plan, _ = decide(read_host(settings.root, whole=True), ledger)
+    if ledger.unfinished and not plan.actions and not dry_run:
+        # Cut short before its first write: only the journal is to be put right.
+        settings.say("an earlier run was cut short before it changed anything")
+    elif not consent(settings, plan, dry_run=dry_run, yes=yes):
+        if settings.as_json and not dry_run and not plan.actions:
+            settings.emit(plan_json(plan))
+        return
+    with open_world(settings) as world:
+        host = read_host(settings.root, whole=True)
+        now, orphans = decide(host, world.journal.ledger)
+        if now != plan:
+            raise Failed(
+                "the host changed while the plan was being shown; nothing was touched",
+                remedy="gpupt recover",
+            )
+        for run in reversed(world.journal.ledger.unfinished):
+            recover_run(run, host=host, world=world)
+        release(orphans, world=world)
+    if settings.as_json:
+        settings.emit(plan_json(plan))
+    settings.say(f"recover {plan.subject}: done")

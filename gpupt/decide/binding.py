@@ -1,0 +1,221 @@
+"""Plans of taking GPUs from the host and of giving them back; pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from gpupt.actions import Action, BindFunction, EraseLoan, Ledger, Plan, RecordLoan, ReleaseFunction
+from gpupt.decide.viability import assess_lending, closure
+from gpupt.errors import BadInput, Refused
+from gpupt.model.gpus import VFIO, identity_of
+from gpupt.model.host import FunctionOrigin, Gpu, Holder, Host, Loan
+from gpupt.model.pci import PciAddress
+
+Loans = Mapping[PciAddress, Loan]
+
+
+@dataclass(frozen=True, slots=True)
+class Preflight:
+    """What a plan needs to know beyond the host: is vfio-pci to be had, who holds which GPU,
+    and whether the person allows the boot GPU to be taken."""
+
+    vfio: bool = True
+    holders: Mapping[PciAddress, tuple[Holder, ...]] = field(default_factory=dict)
+    boot_gpu: bool = False
+
+
+def plan_detach(
+    host: Host, *, gpus: Sequence[PciAddress], loans: Loans, preflight: Preflight
+) -> Plan:
+    """Take GPUs from the host: each with its whole group and all functions of its slot.
+
+    Raises Refused with every reason when one of them cannot be lent; BadInput when it is
+    no GPU of this host.
+    """
+    wanted = [gpu_at(host, address) for address in sorted(set(gpus))]
+    reasons = [
+        reason
+        for gpu in wanted
+        for reason in assess_lending(host, gpu, loans=loans, preflight=preflight)
+    ]
+    if reasons:
+        names = " ".join(str(gpu.address) for gpu in wanted)
+        raise Refused(
+            f"{names} cannot be detached: {reasons[0].brief}",
+            details=tuple(
+                f"{reason.subject}: {line}" for reason in reasons for line in reason.evidence
+            ),
+            remedy="; ".join(dict.fromkeys(reason.remedy for reason in reasons if reason.remedy)),
+        )
+    known = {o.address: o for loan in loans.values() for o in loan.origins}
+    actions: list[Action] = []
+    moved: set[PciAddress] = set()
+    for gpu in wanted:
+        functions = closure(host, gpu)
+        if gpu.address not in loans:
+            for address in functions:
+                device = host.devices[address]
+                known.setdefault(
+                    address, FunctionOrigin(address, identity_of(device), device.binding)
+                )
+            origins = tuple(known[address] for address in functions)
+            why = "note where each function came from, before the first write"
+            actions.append(RecordLoan(gpu.address, origins, why=why))
+        # Companions first: the sound function leans on the GPU's power.
+        for address in sorted(functions, key=lambda a: (a == gpu.address, a)):
+            device = host.devices[address]
+            if device.binding.driver != VFIO and address not in moved:
+                moved.add(address)
+                actions.append(
+                    BindFunction(
+                        address=address,
+                        before=device.binding.driver,
+                        after=VFIO,
+                        override=VFIO,
+                        why=why_taken(gpu, address),
+                    )
+                )
+    return Plan("detach", " ".join(str(gpu.address) for gpu in wanted), tuple(actions))
+
+
+def why_taken(gpu: Gpu, address: PciAddress) -> str:
+    """Why this function is taken along with the GPU."""
+    if address == gpu.address:
+        return "the GPU itself"
+    if address in gpu.companions:
+        return f"a function of the same card as {gpu.address}"
+    return f"in one IOMMU group with {gpu.address}: only whole groups can be lent"
+
+
+def plan_attach(host: Host, *, gpus: Sequence[PciAddress], loans: Loans) -> Plan:
+    """Give GPUs back to the host, each function to the driver recorded in its loan.
+
+    A GPU without a loan is at home already.  Raises Refused for a GPU that is lent to a node
+    or whose address now holds another card; BadInput when it is no GPU of this host.
+    """
+    returning = []
+    for address in sorted(set(gpus)):
+        if address not in loans:
+            gpu_at(host, address)
+        else:
+            returning.append(require_returnable(host, loans[address]))
+    staying = {
+        origin.address
+        for loan in loans.values()
+        if loan not in returning
+        for origin in loan.origins
+    }
+    actions: list[Action] = []
+    moved: set[PciAddress] = set()
+    for loan in returning:
+        for origin in sorted(loan.origins, key=lambda o: (o.address != loan.gpu, o.address)):
+            device = host.devices.get(origin.address)
+            if device is None or origin.address in staying or origin.address in moved:
+                continue
+            moved.add(origin.address)
+            if device.binding != origin.binding:
+                actions.append(
+                    BindFunction(
+                        address=origin.address,
+                        before=device.binding.driver,
+                        after=origin.binding.driver,
+                        override=origin.binding.override,
+                        why=f"back to {origin.binding.driver or 'no driver'}, where it came from",
+                    )
+                )
+    actions.extend(
+        EraseLoan(loan.gpu, why="once every function is verified to be back") for loan in returning
+    )
+    return Plan("attach", " ".join(str(address) for address in sorted(set(gpus))), tuple(actions))
+
+
+def require_returnable(host: Host, loan: Loan) -> Loan:
+    """The loan, when its GPU is free and still the card it was; raises Refused."""
+    if loan.node is not None:
+        raise Refused(
+            f"{loan.gpu} is lent to {loan.cluster}/{loan.node}",
+            remedy=f"gpupt down {loan.cluster} gives it back",
+        )
+    moved = moved_functions(host, loan)
+    if moved:
+        raise Refused(
+            f"{loan.gpu} is not the card that was detached",
+            details=moved,
+            remedy="put the card back into its slot, or confirm the mapping by hand",
+        )
+    return loan
+
+
+def moved_functions(host: Host, loan: Loan) -> tuple[str, ...]:
+    """The addresses of a loan that hold another card now, a line each."""
+    said = []
+    for origin in loan.origins:
+        device = host.devices.get(origin.address)
+        # A lost card answers ones for ids that are read anew: that is no other card.
+        if device is None or device.lost:
+            continue
+        now = identity_of(device)
+        if replace(now, serial=origin.identity.serial) != origin.identity:
+            said.append(f"{origin.address} was {origin.identity.id}, is {now.id}")
+    return tuple(said)
+
+
+def choose_all(
+    host: Host, *, loans: Loans, preflight: Preflight
+) -> tuple[tuple[PciAddress, ...], tuple[tuple[PciAddress, str], ...]]:
+    """The GPUs that ``--all`` takes, and those it leaves, each with the reason."""
+    taken: list[PciAddress] = []
+    left: list[tuple[PciAddress, str]] = []
+    for gpu in host.gpus:
+        reasons = assess_lending(host, gpu, loans=loans, preflight=preflight)
+        if reasons:
+            left.append((gpu.address, reasons[0].brief))
+        else:
+            taken.append(gpu.address)
+    return tuple(taken), tuple(left)
+
+
+def gpu_at(host: Host, address: PciAddress) -> Gpu:
+    """The GPU at an address; raises BadInput that lists the known ones."""
+    for gpu in host.gpus:
+        if gpu.address == address:
+            return gpu
+    known = tuple(f"{gpu.address}  {gpu.device.id}" for gpu in host.gpus)
+    main = [gpu.address for gpu in host.gpus if address in gpu.companions]
+    raise BadInput(
+        f"{address} is a companion of {main[0]}" if main else f"there is no GPU at {address}",
+        details=("this host's GPUs:", *known) if known else "this host has no GPU",
+        remedy=f"name {main[0]}: its companions come with it" if main else "",
+    )
+
+
+def plan_release(
+    host: Host, *, ledger: Ledger, holders: Mapping[PciAddress, tuple[Holder, ...]]
+) -> Plan:
+    """Clear the overrides to vfio-pci that no loan knows and no process uses."""
+    handled = {
+        entry.action.address
+        for run in ledger.unfinished
+        for entry in run.entries
+        if isinstance(entry.action, BindFunction)
+    }
+    return Plan(
+        "recover",
+        "orphan overrides",
+        tuple(
+            ReleaseFunction(address, why="driver_override left behind, and no loan knows of it")
+            for address in orphans(host, loans=ledger.loans)
+            if address not in handled and not holders.get(address)
+        ),
+    )
+
+
+def orphans(host: Host, *, loans: Loans) -> tuple[PciAddress, ...]:
+    """Functions whose driver_override names vfio-pci though no loan holds them."""
+    on_loan = {origin.address for loan in loans.values() for origin in loan.origins}
+    return tuple(
+        device.address
+        for device in host.devices.values()
+        if device.binding.override == VFIO and device.address not in on_loan
+    )

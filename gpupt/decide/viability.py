@@ -1,0 +1,196 @@
+"""Whether a GPU can be lent, and every reason why not; pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from gpupt.model.gpus import VFIO, identity_of
+from gpupt.model.host import Finding, Gpu, Host, Loan, Severity
+from gpupt.model.pci import PciAddress, PciDevice
+
+if TYPE_CHECKING:
+    from gpupt.decide.binding import Preflight
+
+# Drivers under which a group member does not disturb passthrough (driver_managed_dma in the
+# kernel's drivers/pci/pcie/portdrv.c and drivers/pci/pci-stub.c), beside vfio-pci itself.
+HARMLESS = frozenset({"pcieport", "pci-stub", VFIO})
+
+
+def closure(host: Host, gpu: Gpu) -> tuple[PciAddress, ...]:
+    """Every endpoint that has to leave the host with a GPU, in the order of addresses.
+
+    All functions of the slot, in whichever groups, and all endpoints of those groups; a
+    second GPU in one of the groups brings its own slot along.  Bridges stay on pcieport.
+    """
+    by_main = {other.address: other for other in host.gpus}
+    taken: set[PciAddress] = set()
+    waiting = [gpu.address, *gpu.companions]
+    while waiting:
+        address = waiting.pop()
+        if address in taken or address not in host.devices:
+            continue
+        taken.add(address)
+        if address in by_main:
+            waiting.extend(by_main[address].companions)
+        group = host.devices[address].iommu_group
+        if group is not None:
+            members = (host.devices[member] for member in host.groups[group].members)
+            waiting.extend(m.address for m in members if is_endpoint(m))
+    return tuple(sorted(taken))
+
+
+def is_endpoint(device: PciDevice) -> bool:
+    """Whether vfio-pci can take it: no bridge of any kind (class 06)."""
+    return not device.is_bridge and device.class_code >> 16 != 0x06
+
+
+def assess_lending(
+    host: Host, gpu: Gpu, *, loans: Mapping[PciAddress, Loan], preflight: Preflight
+) -> tuple[Finding, ...]:
+    """Every reason why the GPU cannot be taken from the host now; empty: it can."""
+    functions = [host.devices[address] for address in closure(host, gpu)]
+    loan = loans.get(gpu.address)
+    if loan is not None:
+        lent = list(standing_loan(host, gpu, loan))
+        if lent or all(device.binding.driver == VFIO for device in functions):
+            return tuple(lent)
+    return (
+        *about_card(gpu, functions, boot_gpu=preflight.boot_gpu),
+        *about_group(host, gpu, functions, loans=loans),
+        *about_vfio(gpu, functions, preflight=preflight),
+    )
+
+
+def standing_loan(host: Host, gpu: Gpu, loan: Loan) -> Iterator[Finding]:
+    """What an earlier loan of the GPU has against a new one."""
+    if loan.node is not None:
+        yield refusal(
+            "lent",
+            gpu,
+            f"it is lent to {loan.cluster}/{loan.node}",
+            remedy=f"gpupt down {loan.cluster} gives it back",
+        )
+    for origin in loan.origins:
+        device = host.devices.get(origin.address)
+        if device is not None and not device.lost:
+            now = identity_of(device)
+            if (now.id, now.subsystem, now.class_code) != (
+                origin.identity.id,
+                origin.identity.subsystem,
+                origin.identity.class_code,
+            ):
+                yield refusal(
+                    "address-moved",
+                    gpu,
+                    "its address now holds another card",
+                    f"{origin.address} was {origin.identity.id}, is {now.id}",
+                    remedy="put the card back into its slot, or confirm the mapping by hand",
+                )
+
+
+def about_card(gpu: Gpu, functions: list[PciDevice], *, boot_gpu: bool) -> Iterator[Finding]:
+    """What the cards themselves have against it."""
+    for device in functions:
+        if device.lost:
+            yield refusal(
+                "lost-device",
+                gpu,
+                "it has fallen off the bus",
+                f"config space of {device.address} reads all ones",
+                remedy="power the machine off and on again",
+            )
+        if device.boot_vga and not boot_gpu:
+            yield refusal(
+                "boot-framebuffer",
+                gpu,
+                "it is the boot display",
+                f"boot_vga of {device.address} is 1: the host's console is on it",
+                remedy="make another card primary in the firmware, or give --boot-gpu",
+            )
+        if device.physfn is not None:
+            yield refusal(
+                "sriov-active",
+                gpu,
+                "it is a virtual function",
+                f"{device.address} is a virtual function of {device.physfn}",
+                remedy=f"lend the whole card {device.physfn}, with no virtual functions on it",
+            )
+        if device.sriov_numvfs:
+            yield refusal(
+                "sriov-active",
+                gpu,
+                "it has virtual functions",
+                f"sriov_numvfs of {device.address} is {device.sriov_numvfs}",
+                remedy=f"echo 0 > /sys/bus/pci/devices/{device.address}/sriov_numvfs",
+            )
+
+
+def about_group(
+    host: Host, gpu: Gpu, functions: list[PciDevice], *, loans: Mapping[PciAddress, Loan]
+) -> Iterator[Finding]:
+    """What the IOMMU group and who else is in it have against it."""
+    if gpu.device.iommu_group is None:
+        yield refusal(
+            "iommu-off",
+            gpu,
+            "it is in no IOMMU group",
+            "no IOMMU group: the IOMMU is off, or does not cover this device",
+            remedy="enable VT-d or AMD-Vi in the firmware; gpupt doctor says more",
+        )
+    critical = {entry.address: entry.why for entry in host.critical}
+    for device in functions:
+        if device.address in critical:
+            yield refusal(
+                "group-host-critical",
+                gpu,
+                "its IOMMU group holds a device that the host needs",
+                f"{device.address} (group {device.iommu_group}): {critical[device.address]}",
+                remedy="move the card to another slot; an ACS override would weaken isolation",
+            )
+    for group in sorted({d.iommu_group for d in functions if d.iommu_group is not None}):
+        for member in (host.devices[address] for address in host.groups[group].members):
+            driver = member.binding.driver
+            if not is_endpoint(member) and driver is not None and driver not in HARMLESS:
+                yield refusal(
+                    "group-not-viable",
+                    gpu,
+                    "its IOMMU group holds a bridge on a host driver",
+                    f"{member.address} (group {group}) is a bridge driven by {driver}",
+                    remedy=f"unload {driver}, or move the card to another slot",
+                )
+    taken = {device.address for device in functions}
+    for other in loans.values():
+        if other.gpu != gpu.address and other.gpu in taken and other.node is not None:
+            yield refusal(
+                "lent",
+                gpu,
+                f"it shares a group with {other.gpu}, lent to {other.cluster}/{other.node}",
+                remedy=f"gpupt down {other.cluster} gives it back",
+            )
+
+
+def about_vfio(gpu: Gpu, functions: list[PciDevice], *, preflight: Preflight) -> Iterator[Finding]:
+    """What vfio-pci and the processes of the host have against it."""
+    if not preflight.vfio:
+        yield refusal(
+            "vfio-missing",
+            gpu,
+            "the kernel has no vfio-pci",
+            "vfio-pci is neither loaded nor among the kernel's modules",
+            remedy="install the kernel's modules, then: modprobe vfio-pci",
+        )
+    for device in functions:
+        for holder in preflight.holders.get(device.address, ()):
+            yield refusal(
+                "device-held",
+                gpu,
+                "a process holds it",
+                f"PID {holder.pid} ({holder.command}) has {holder.node} open",
+                remedy="stop the processes that hold it",
+            )
+
+
+def refusal(id: str, gpu: Gpu, brief: str, *evidence: str, remedy: str) -> Finding:
+    """A finding that keeps the GPU from being lent."""
+    return Finding(id, Severity.FAIL, str(gpu.address), brief, evidence or (brief,), remedy)

@@ -1,0 +1,176 @@
+"""The gate to the kernel's PCI files: each write in a child with a deadline, then read back.
+
+A write to ``unbind`` may never return: the nvidia driver loops for ever while something
+holds the card.  So the write happens in a child, and gpupt itself never hangs.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import time
+import warnings
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+
+from gpupt.edges.sysfs import Reader
+from gpupt.errors import BadInput, DeadlineExceeded, Failed
+from gpupt.model.gpus import identity_of
+from gpupt.model.pci import DriverBinding, Identity, PciAddress
+
+BUS = PurePosixPath("sys/bus/pci")
+# Seconds.  vfio-pci resets a card as it takes it, and a function-level reset may last a
+# minute (pci_dev_wait in drivers/pci/pci.c gives it 60 s).
+OVERRIDE_DEADLINE = 10.0
+UNBIND_DEADLINE = 45.0
+PROBE_DEADLINE = 90.0
+MODULE_DEADLINE = 60.0
+
+
+class Kernel:
+    """The kernel whose files are under ``root``; raises Failed, DeadlineExceeded."""
+
+    def __init__(self, root: Path = Path("/")) -> None:
+        self.root = root
+        self.reader = Reader(root)
+
+    def present(self, address: PciAddress) -> bool:
+        """Whether the function is on the bus."""
+        return (self.root / BUS / "devices" / str(address)).exists()
+
+    def binding(self, address: PciAddress) -> DriverBinding:
+        """Who drives the function now and what its override is; raises Failed if it is gone."""
+        if not self.present(address):
+            raise Failed(
+                f"{address} is not on the bus any more",
+                remedy="the card was removed or has fallen off the bus; dmesg says when",
+            )
+        driver = self.reader.link(f"{BUS}/devices/{address}/driver")
+        return DriverBinding(driver, self.reader.override(address))
+
+    def identity(self, address: PciAddress) -> Identity | None:
+        """What card it is now; None when it is gone, or too lost to say."""
+        device = self.reader.device(f"{BUS}/devices/{address}", address)
+        if device is None:
+            return None
+        device = self.reader.in_full(device)
+        return None if device.lost else identity_of(device)
+
+    def has_driver(self, driver: str) -> bool:
+        """Whether a PCI driver of that name is registered."""
+        return (self.root / BUS / "drivers" / driver).is_dir()
+
+    def set_override(self, address: PciAddress, driver: str | None) -> None:
+        """Allow only ``driver`` to bind the function; None lets any matching driver."""
+        self.write(
+            BUS / "devices" / str(address) / "driver_override",
+            f"{driver or ''}\n",
+            deadline=OVERRIDE_DEADLINE,
+        )
+
+    def unbind(self, address: PciAddress, driver: str) -> None:
+        """Take the function from its driver."""
+        self.write(BUS / "drivers" / driver / "unbind", f"{address}\n", deadline=UNBIND_DEADLINE)
+
+    def probe(self, address: PciAddress) -> None:
+        """Let the bus find a driver; it reports success also when none took the function."""
+        self.write(BUS / "drivers_probe", f"{address}\n", deadline=PROBE_DEADLINE)
+
+    def bind(self, address: PciAddress, driver: str) -> None:
+        """Bind the function to a driver by name."""
+        self.write(BUS / "drivers" / driver / "bind", f"{address}\n", deadline=PROBE_DEADLINE)
+
+    def load_module(self, name: str) -> None:
+        """Load a module into the running kernel; raises Failed, also for a tree that is none."""
+        if self.root.resolve() != Path("/"):
+            raise Failed(f"{name} is not loaded in the machine under {self.root}")
+        from gpupt.edges.process import run
+
+        run(["modprobe", name], deadline=MODULE_DEADLINE)
+
+    def write(self, path: PurePosixPath, text: str, *, deadline: float) -> None:
+        """Write a file under the root in a child that is killed after ``deadline`` seconds.
+
+        Raises BadInput for a path outside the root, Failed with the kernel's word,
+        DeadlineExceeded when the child did not come back.
+        """
+        target = self.inside(path)
+        status = write_in_child(target, text.encode(), deadline=deadline)
+        if status is None:
+            raise stuck(path, text.strip(), deadline)
+        if status != 0:
+            raise refused_write(path, text.strip(), status)
+
+    def inside(self, path: PurePosixPath) -> Path:
+        """The path on this machine; raises BadInput when it leads out of the root's sys/."""
+        if path.is_absolute() or ".." in path.parts or path.parts[:1] != ("sys",):
+            raise BadInput(f"{path} is not one of the kernel's files")
+        return self.root / path
+
+
+def stuck(path: PurePosixPath, text: str, deadline: float) -> DeadlineExceeded:
+    """The error for a write that the kernel did not finish."""
+    return DeadlineExceeded(
+        f"the kernel did not finish {path.name} of {text} within {deadline:g} s",
+        details=(f"/{path} ← {text}", "something still holds the device, or its driver hangs"),
+        remedy="do not retry; stop what holds it (gpupt doctor names it); a reboot may be needed",
+    )
+
+
+def refused_write(path: PurePosixPath, text: str, number: int) -> Failed:
+    """The error for a write that the kernel answered with an errno."""
+    name = errno.errorcode.get(number, str(number))
+    denied = number in {errno.EACCES, errno.EPERM, errno.EROFS}
+    return Failed(
+        f"the kernel refused {path.name}: {os.strerror(number)} ({name})",
+        details=f"/{path} ← {text or '(empty)'}",
+        remedy="run gpupt as root" if denied else "dmesg holds the kernel's reason",
+    )
+
+
+def write_in_child(target: Path, data: bytes, *, deadline: float) -> int | None:
+    """0, the errno, or None when the child had to be killed after ``deadline`` seconds."""
+    with warnings.catch_warnings():
+        # The child makes system calls only, so it is safe beside this process's threads.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child == 0:
+        status = 255
+        try:
+            # A terminal's Ctrl-C is for the parent, which undoes; the write is let finish.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            number = os.open(target, os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC)
+            os.write(number, data)
+            os.close(number)
+            status = 0
+        except OSError as error:
+            status = error.errno or 255
+        finally:
+            os._exit(status)
+    return wait_for(child, until=time.monotonic() + deadline)
+
+
+def wait_for(child: int, *, until: float) -> int | None:
+    """A child's exit status; None when it was killed at ``until`` (it may linger in state D)."""
+    pause = 0.0002
+    try:
+        while True:
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                return os.waitstatus_to_exitcode(status) if os.WIFEXITED(status) else 255
+            if time.monotonic() >= until:
+                break
+            time.sleep(pause)
+            pause = min(pause * 2, 0.05)
+    except KeyboardInterrupt:
+        # Let the write come to its end for a moment, so that undo meets a settled device.
+        wait_for(child, until=min(until, time.monotonic() + 5))
+        raise
+    with suppress(ProcessLookupError):
+        os.kill(child, signal.SIGKILL)
+    time.sleep(0.01)
+    with suppress(ChildProcessError):
+        os.waitpid(child, os.WNOHANG)
+    return None

@@ -1,0 +1,280 @@
+"""Reads a host from sysfs alone: little of every function, everything of a GPU's.
+
+Every path derives from one injected root, so a recorded machine is read by the same code.
+What is absent is None; what is denied is named in ``Host.unreadable``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from gpupt.errors import BadInput
+from gpupt.model.gpus import find_gpus, is_gpu_class
+from gpupt.model.host import Critical, Host
+from gpupt.model.pci import (
+    Bar,
+    DriverBinding,
+    IommuGroup,
+    Link,
+    PciAddress,
+    PciDevice,
+    PciId,
+)
+
+# linux/ioport.h
+IORESOURCE_MEM = 0x200
+IORESOURCE_PREFETCH = 0x2000
+IORESOURCE_MEM_64 = 0x100000
+RESOURCE_ROWS_OF_BARS = 6
+
+
+def read_host(root: Path, *, whole: bool = False) -> Host:
+    """The PCI functions of the machine whose ``sys`` and ``proc`` are under ``root``.
+
+    Functions of GPUs' slots and groups are read in full; with ``whole`` all of them are,
+    and the devices that the host cannot do without are found too.  Raises BadInput when
+    the tree has no PCI bus.
+    """
+    reader = Reader(root)
+    devices = reader.devices()
+    members: dict[int, list[PciAddress]] = {}
+    for device in devices.values():
+        if device.iommu_group is not None:
+            members.setdefault(device.iommu_group, []).append(device.address)
+    close = devices.keys() if whole else near_gpus(devices, members)
+    for address in close:
+        devices[address] = reader.in_full(devices[address])
+    gpus = find_gpus(devices)
+    with_gpu = {gpu.device.iommu_group for gpu in gpus}
+    groups = {
+        number: IommuGroup(
+            number,
+            tuple(addresses),
+            reader.text(f"sys/kernel/iommu_groups/{number}/type") if number in with_gpu else None,
+        )
+        for number, addresses in sorted(members.items())
+    }
+    return Host(
+        devices=devices,
+        groups=groups,
+        gpus=gpus,
+        critical=read_critical(reader) if whole else (),
+        iommu_present=bool(groups),
+        kernel_cmdline=reader.text("proc/cmdline") or "",
+        unreadable=tuple(reader.denied),
+    )
+
+
+def read_critical(reader: Reader) -> tuple[Critical, ...]:
+    """The devices that the host cannot do without."""
+    # Imported on use: `gpupt list` does without.
+    from gpupt.edges.critical import find_critical
+
+    return find_critical(reader)
+
+
+def near_gpus(
+    devices: Mapping[PciAddress, PciDevice], members: Mapping[int, list[PciAddress]]
+) -> set[PciAddress]:
+    """Functions that share a slot or a group with a GPU."""
+    gpus = [d for d in devices.values() if is_gpu_class(d.class_code, vendor=d.id.vendor)]
+    slots = {device.address.slot for device in gpus}
+    near = {address for address in devices if address.slot in slots}
+    for group in {devices[address].iommu_group for address in near}:
+        if group is not None:
+            near.update(members[group])
+    return near
+
+
+class Reader:
+    """Reads small files under one root, and remembers which were denied."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = f"{os.fspath(root).rstrip('/')}/"
+        self.denied: list[str] = []
+
+    def text(self, path: str) -> str | None:
+        """A file's text without the white space around it; None: absent or denied."""
+        raw = self.bytes(path, most=4096)
+        return None if raw is None else raw.decode("utf-8", errors="replace").strip()
+
+    def bytes(self, path: str, *, most: int) -> bytes | None:
+        """The first bytes of a file; None: absent or denied."""
+        try:
+            number = os.open(self.root + path, os.O_RDONLY | os.O_CLOEXEC)
+        except PermissionError:
+            self.denied.append("/" + path)
+            return None
+        except OSError:
+            return None
+        try:
+            return os.read(number, most)
+        except OSError:
+            # An attribute the device does not support answers EINVAL or EIO when it is read.
+            return None
+        finally:
+            os.close(number)
+
+    def whole(self, path: str) -> str:
+        """All of a file, such as one of /proc that comes in pieces; empty: absent or denied."""
+        try:
+            with open(self.root + path, "rb") as file:
+                return file.read().decode("utf-8", errors="replace")
+        except PermissionError:
+            self.denied.append("/" + path)
+            return ""
+        except OSError:
+            return ""
+
+    def names(self, folder: str) -> list[str]:
+        """The names in a folder, sorted; none where there is no such folder."""
+        try:
+            return sorted(os.listdir(self.root + folder))
+        except OSError:
+            return []
+
+    def link(self, path: str) -> str | None:
+        """The last part of what a symbolic link points to."""
+        try:
+            return os.readlink(self.root + path).rpartition("/")[2]
+        except OSError:
+            return None
+
+    def devices(self) -> dict[PciAddress, PciDevice]:
+        """Every function in the order of addresses, as far as one file and two links tell."""
+        folder = "sys/bus/pci/devices"
+        try:
+            names = os.listdir(self.root + folder)
+        except OSError as error:
+            raise BadInput(
+                f"no PCI bus under {self.root}",
+                details=f"{self.root}{folder}: {error.strerror}",
+                remedy="--root names the folder that holds sys/ and proc/",
+            ) from None
+        found = (self.device(f"{folder}/{name}", PciAddress.parse(name)) for name in names)
+        return {
+            device.address: device
+            for device in sorted(
+                (device for device in found if device), key=lambda device: device.address
+            )
+        }
+
+    def device(self, folder: str, address: PciAddress) -> PciDevice | None:
+        """A function's ids, driver and group; None when it left the bus as it was read."""
+        # uevent holds class and ids in one read, from the kernel's memory: no card is woken.
+        said = self.bytes(f"{folder}/uevent", most=4096) or b""
+        facts = dict(line.partition(b"=")[::2] for line in said.splitlines())
+        try:
+            vendor, _, device = facts[b"PCI_ID"].partition(b":")
+            identifier = PciId(int(vendor, 16), int(device, 16))
+            class_code = int(facts[b"PCI_CLASS"], 16)
+        except (KeyError, ValueError):
+            numbers = [self.number(f"{folder}/{name}") for name in ("vendor", "device", "class")]
+            if None in numbers:
+                return None
+            identifier = PciId(numbers[0] or 0, numbers[1] or 0)
+            class_code = numbers[2] or 0
+        group = self.link(f"{folder}/iommu_group")
+        return PciDevice(
+            address=address,
+            id=identifier,
+            class_code=class_code,
+            binding=DriverBinding(self.link(f"{folder}/driver"), None),
+            iommu_group=int(group) if group is not None and group.isdigit() else None,
+            # PCI-to-PCI and semi-transparent bridges; host and ISA bridges are endpoints.
+            is_bridge=class_code >> 8 in {0x0604, 0x0609},
+        )
+
+    def in_full(self, device: PciDevice) -> PciDevice:
+        """The function with everything that sysfs says of it."""
+        folder = f"sys/bus/pci/devices/{device.address}"
+        numa = self.number(f"{folder}/numa_node", base=10)
+        boot_vga = self.number(f"{folder}/boot_vga", base=10)
+        d3cold = self.number(f"{folder}/d3cold_allowed", base=10)
+        vendor = self.number(f"{folder}/subsystem_vendor")
+        subsystem = self.number(f"{folder}/subsystem_device")
+        resets = self.text(f"{folder}/reset_method")
+        physfn = self.link(f"{folder}/physfn")
+        known = vendor is not None and subsystem is not None
+        return replace(
+            device,
+            binding=DriverBinding(device.binding.driver, self.override(device.address)),
+            subsystem=PciId(vendor or 0, subsystem or 0) if known else None,
+            revision=self.number(f"{folder}/revision"),
+            numa_node=None if numa is None or numa < 0 else numa,
+            boot_vga=None if boot_vga is None else bool(boot_vga),
+            link=Link(
+                width=self.width(f"{folder}/current_link_width"),
+                max_width=self.width(f"{folder}/max_link_width"),
+                speed=self.speed(f"{folder}/current_link_speed"),
+                max_speed=self.speed(f"{folder}/max_link_speed"),
+            ),
+            bars=self.bars(folder),
+            reset_methods=None if resets is None else tuple(resets.split()),
+            physfn=PciAddress.parse(physfn) if physfn else None,
+            sriov_numvfs=self.number(f"{folder}/sriov_numvfs", base=10),
+            d3cold_allowed=None if d3cold is None else bool(d3cold),
+            lost=self.lost(folder),
+        )
+
+    def override(self, address: PciAddress) -> str | None:
+        """The driver_override, None where none is set (the kernel's text ``(null)``)."""
+        said = self.text(f"sys/bus/pci/devices/{address}/driver_override")
+        return None if said in {None, "", "(null)"} else said
+
+    def number(self, path: str, *, base: int = 16) -> int | None:
+        said = self.text(path)
+        try:
+            return None if said is None else int(said, base)
+        except ValueError:
+            return None
+
+    def width(self, path: str) -> int | None:
+        """Lanes; 0 (no link) and 255 (unknown) are None, as is what has no link at all."""
+        lanes = self.number(path, base=10)
+        return lanes if lanes and lanes < 255 else None
+
+    def speed(self, path: str) -> float | None:
+        """GT/s, from ``16.0 GT/s PCIe``; None for ``Unknown``."""
+        said = self.text(path)
+        try:
+            return float(said.split()[0]) if said else None
+        except ValueError:
+            return None
+
+    def bars(self, folder: str) -> tuple[Bar, ...]:
+        """The memory and I/O windows that are in use."""
+        said = self.text(f"{folder}/resource")
+        found = []
+        for index, line in enumerate((said or "").splitlines()[:RESOURCE_ROWS_OF_BARS]):
+            try:
+                start, end, flags = (int(word, 16) for word in line.split())
+            except ValueError:
+                continue
+            if flags == 0 or end < start or (start, end) == (0, 0):
+                continue
+            found.append(
+                Bar(
+                    index=index,
+                    size=end - start + 1,
+                    prefetchable=bool(flags & IORESOURCE_PREFETCH),
+                    bits=64 if flags & IORESOURCE_MEM_64 else 32,
+                )
+            )
+        return tuple(found)
+
+    def lost(self, folder: str) -> bool:
+        """Whether config space reads all ones: the card has fallen off the bus.
+
+        A card that the kernel itself has put to sleep (D3cold) is not woken to be asked.
+        """
+        asleep = self.text(f"{folder}/power_state") == "D3cold"
+        if asleep and self.text(f"{folder}/power/runtime_status") == "suspended":
+            return False
+        config = self.bytes(f"{folder}/config", most=64)
+        if config is None or len(config) < 16:
+            return False
+        return config[:4] == b"\xff\xff\xff\xff" or config[14] & 0x7F == 0x7F

@@ -1,0 +1,81 @@
+"""Which PCI functions are GPUs, and which are companions on the same card."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from gpupt.model.host import Gpu, GpuState, Loan
+from gpupt.model.pci import Identity, PciAddress, PciDevice
+
+NVIDIA = 0x10DE
+GPU_VENDORS = frozenset({NVIDIA, 0x1002, 0x8086})
+VFIO = "vfio-pci"
+
+
+def is_gpu_class(class_code: int, *, vendor: int) -> bool:
+    """Whether the class is a display's (03xxxx), or a GPU vendor's accelerator's (12xxxx).
+
+    AMD's Instinct cards and some of NVIDIA's report 1200 instead of a display class.
+    """
+    base = class_code >> 16
+    return base == 0x03 or (base == 0x12 and vendor in GPU_VENDORS)
+
+
+def is_integrated_npu(device: PciDevice) -> bool:
+    """Whether an accelerator is Intel's NPU, which sits in the root complex and is no GPU."""
+    return device.class_code >> 16 == 0x12 and device.id.vendor == 0x8086 and not device.address.bus
+
+
+def find_gpus(devices: Mapping[PciAddress, PciDevice]) -> tuple[Gpu, ...]:
+    """Every GPU in the order of addresses: one for each card, one for each virtual function.
+
+    A second display function of a slot, like a sound or USB-C function, is a companion.
+    """
+    slots: dict[tuple[int, int, int], list[PciDevice]] = {}
+    for device in devices.values():
+        slots.setdefault(device.address.slot, []).append(device)
+    found: list[Gpu] = []
+    for functions in slots.values():
+        displays = [
+            device
+            for device in functions
+            if is_gpu_class(device.class_code, vendor=device.id.vendor)
+            and not is_integrated_npu(device)
+        ]
+        whole = [device for device in displays if device.physfn is None]
+        found.extend(Gpu(device) for device in displays if device.physfn is not None)
+        if whole:
+            main = min(whole, key=lambda device: device.address)
+            found.append(Gpu(main, companions_of(main, functions)))
+    return tuple(sorted(found, key=lambda gpu: gpu.address))
+
+
+def companions_of(main: PciDevice, functions: list[PciDevice]) -> tuple[PciAddress, ...]:
+    """The other functions of the card: not its bridges, not its virtual functions."""
+    return tuple(
+        sorted(
+            device.address
+            for device in functions
+            if device is not main and not device.is_bridge and device.physfn is None
+        )
+    )
+
+
+def identity_of(device: PciDevice) -> Identity:
+    """What is recorded of a function, to know it again."""
+    return Identity(device.id, device.subsystem, device.class_code)
+
+
+def state_of(gpu: Gpu, loan: Loan | None) -> GpuState:
+    """Who has the GPU: a loan to a node counts before the driver, and a lost card before both."""
+    if gpu.device.lost:
+        return GpuState.LOST
+    if loan is not None and loan.node is not None:
+        return GpuState.LENT
+    driver = gpu.device.binding.driver
+    if driver is None:
+        return GpuState.DRIVERLESS
+    # Variant drivers (mlx5_vfio_pci, nvgrace_gpu_vfio_pci) serve guests as vfio-pci does.
+    if driver == VFIO or driver.endswith(("_vfio_pci", "-vfio-pci")):
+        return GpuState.DETACHED
+    return GpuState.HOST
