@@ -7,7 +7,7 @@ a crash or a reboot plans what is missing, and `down` goes by libvirt and the lo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from gpupt.actions import (
     Action,
@@ -55,7 +55,7 @@ class Surroundings:
     folder: Allocation | None = None
     image: str = ""
     has_image: bool = False
-    preflight: Preflight = Preflight()
+    preflight: Preflight = field(default_factory=Preflight)
 
 
 def plan_up(
@@ -122,7 +122,7 @@ def plan_down(
         if domain.membership is not None and domain.membership.cluster == cluster
     ]
     # Compute nodes first: they have the frontend's /home mounted.
-    members.sort(key=lambda each: each.membership and each.membership.role is Role.FRONTEND)
+    members.sort(key=is_frontend)
     actions: list[Action] = []
     for domain in members:
         assert domain.membership is not None
@@ -153,6 +153,11 @@ def plan_down(
     if around.has_folder:
         actions.append(RemoveCluster(cluster, why="its keys, overlays and record"))
     return Plan("down", cluster, tuple(actions)), tuple(findings)
+
+
+def is_frontend(domain: Domain) -> bool:
+    """Whether the domain is a cluster's frontend."""
+    return domain.membership is not None and domain.membership.role is Role.FRONTEND
 
 
 def take_gpus(
@@ -283,7 +288,7 @@ def _node_differences(before: NodeSpec, after: NodeSpec) -> list[str]:
         ("role", before.role.value, after.role.value),
         ("cpus", str(before.cpus), str(after.cpus)),
         ("memory", show_size(before.memory), show_size(after.memory)),
-        ("disk", show_size(before.disk), show_size(after.disk)),
+        ("disk", _disk(before), _disk(after)),
         ("gpus", _request(before), _request(after)),
     ]
     return [f"{name} {was} → {now}" for name, was, now in pairs if was != now]
@@ -312,6 +317,10 @@ def assess_image(spec: ClusterSpec, *, around: Surroundings) -> tuple[Finding, .
 
 def _request(node: NodeSpec) -> str:
     return ", ".join(node.gpus.named) or str(node.gpus.count)
+
+
+def _disk(node: NodeSpec) -> str:
+    return show_size(node.disk) if node.disk else "the image's"
 
 
 def _shape(placement: Placement) -> str:

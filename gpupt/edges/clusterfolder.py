@@ -55,6 +55,8 @@ class ClusterFolder:
                 f"{cluster!r} is not a cluster's name",
                 details="expected lower-case letters, digits and inner hyphens",
             )
+        # QEMU and libvirtd work in other folders than this process.
+        state = state.absolute()
         self.cluster = cluster
         self.path = state / "clusters" / cluster
         self.logs = state / "logs" / cluster

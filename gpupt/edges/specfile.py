@@ -19,7 +19,6 @@ from gpupt.model.cluster import ClusterSpec, GpuRequest, NodeSpec, Role
 from gpupt.model.pci import PciAddress
 
 DEFAULT_SUBNET = IPv4Network("10.71.0.0/24")
-DEFAULT_DISK = "16 GiB"
 UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 LEAST_MEMORY = 64 << 20
 LEAST_DISK = 1 << 30
@@ -190,9 +189,7 @@ def _read_node(
         role=_read_role(fields["role"]),
         cpus=fields["cpus"].whole(least=1, most=1024),
         memory=_read_size(fields["memory"], least=LEAST_MEMORY),
-        disk=_read_size(fields["disk"], least=LEAST_DISK)
-        if "disk" in fields
-        else parse_size(DEFAULT_DISK),
+        disk=_read_size(fields["disk"], least=LEAST_DISK) if "disk" in fields else 0,
         gpus=_read_gpus(fields["gpus"], claimed=claimed, places=places)
         if "gpus" in fields
         else GpuRequest(),

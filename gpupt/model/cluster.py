@@ -28,7 +28,7 @@ class GpuRequest:
 
 @dataclass(frozen=True, slots=True)
 class NodeSpec:
-    """One virtual machine; memory and disk in bytes."""
+    """One virtual machine; memory and disk in bytes; ``disk`` 0: as large as its image."""
 
     name: str
     role: Role
