@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import shutil
 import sys
 import time
@@ -19,6 +18,7 @@ from typing import Any
 
 from gpupt.edges import chroot
 from gpupt.edges.ansible import apply_role
+from gpupt.edges.initrd import write_initrd
 from gpupt.edges.process import Completed, failure, run, stream
 from gpupt.errors import Failed, GpuptError
 
@@ -133,11 +133,12 @@ def bake_image_files(order: Order, note: Callable[[str], None]) -> None:
             tree = stack.enter_context(chroot.overlay_readonly(lower, merged=merged))
         else:
             tree = Path(order.below[0])
-        for name, pattern in (("vmlinuz", "vmlinuz-*"), ("initrd", "initrd.img-*")):
-            found = sorted((tree / "boot").glob(pattern))
-            if not found:
-                raise Failed(f"the baked tree has no {name}", details=f"looked for /boot/{pattern}")
-            shutil.copyfile(found[-1], folder / name)
+        kernels = sorted((tree / "boot").glob("vmlinuz-*"))
+        if not kernels:
+            raise Failed("the baked tree has no kernel", details="looked for /boot/vmlinuz-*")
+        shutil.copyfile(kernels[-1], folder / "vmlinuz")
+        write_initrd(tree, folder / "initrd")
+        for name in ("vmlinuz", "initrd"):
             (folder / name).chmod(0o644)
         raw = folder / "disk.raw"
         with _phase(order, "file system"):
@@ -166,7 +167,6 @@ def _phase(order: Order, what: str) -> Iterator[None]:
 
 
 def _bootstrap(order: Order, tree: Path, note: Callable[[str], None]) -> None:
-    early = Path(order.rolls_folder) / order.roll / "files/early"
     words: list[str | Path] = [
         "mmdebstrap",
         "--variant=minbase",
@@ -182,11 +182,6 @@ def _bootstrap(order: Order, tree: Path, note: Callable[[str], None]) -> None:
         "--dpkgopt=path-exclude=/usr/share/locale/*",
         "--dpkgopt=path-exclude=/usr/share/lintian/*",
     ]
-    # These decide how the kernel's initrd is made, so they are there before the kernel is.
-    for source in sorted(path for path in early.rglob("*") if path.is_file()):
-        target = f"/{source.relative_to(early).as_posix()}"
-        words.append(f'--essential-hook=mkdir -p "$1{target.rpartition("/")[0]}"')
-        words.append(f"--essential-hook=upload {shlex.quote(str(source))} {target}")
     for option in order.apt_options:
         key, _, value = option.partition("=")
         words.append(f'--aptopt={key} "{value}"')
@@ -328,6 +323,10 @@ def _tidy(tree: Path) -> None:
                 shutil.rmtree(path)
             else:
                 path.unlink()
+    # systemd redoes what depends on /usr at a boot that finds these older than /usr.
+    for name in ("etc", "var"):
+        stamp = tree / name / ".updated"
+        stamp.touch()
 
 
 def _tree_size(tree: Path) -> int:
