@@ -6,6 +6,7 @@ nothing.  So a recovery may be cut short and started again.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from typing import TypeAlias
 
@@ -127,7 +128,7 @@ def bind_function(action: BindFunction, kernel: Kernel) -> None:
         if now.override != first:
             kernel.set_override(address, first)
         if now.driver is not None:
-            kernel.unbind(address, now.driver)
+            leave(address, now.driver, kernel=kernel)
         if action.after is not None:
             take(address, action.after, kernel=kernel)
     if kernel.binding(address).override != action.override:
@@ -150,13 +151,26 @@ def release_function(action: ReleaseFunction, kernel: Kernel) -> None:
 
 def take(address: PciAddress, driver: str, *, kernel: Kernel) -> None:
     """Let the bus probe the function, and bind by name if another driver, or none, took it."""
-    kernel.probe(address)
+    # A probe that the kernel refuses is no more final than one that found another driver.
+    with suppress(Failed):
+        kernel.probe(address)
     now = kernel.binding(address).driver
     if now == driver:
         return
     if now is not None:
-        kernel.unbind(address, now)
+        leave(address, now, kernel=kernel)
     kernel.bind(address, driver)
+
+
+def leave(address: PciAddress, driver: str, *, kernel: Kernel) -> None:
+    """Take the function from its driver; raises Failed when it stays there all the same."""
+    kernel.unbind(address, driver)
+    if kernel.binding(address).driver is not None:
+        raise Failed(
+            f"{address} did not leave {driver}",
+            details="the kernel reported success, and the driver still has it",
+            remedy=f"dmesg | grep {address} shows what the driver said",
+        )
 
 
 def verify(address: PciAddress, wanted: DriverBinding, *, kernel: Kernel) -> None:

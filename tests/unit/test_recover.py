@@ -1,0 +1,183 @@
+"""From any point at which gpupt is killed, recover reaches the original or declared state."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from fakekernel import FakeKernel, Fault
+from machines import MACHINES, emulated_host
+
+from gpupt.actions import Action, Plan
+from gpupt.apply.execute import execute
+from gpupt.apply.recover import recover, release
+from gpupt.apply.world import World
+from gpupt.decide.binding import Preflight, choose_all, plan_attach, plan_detach, plan_release
+from gpupt.edges.journal import Journal, read_ledger
+from gpupt.edges.sysfs import read_host
+from gpupt.model.pci import DriverBinding, PciAddress
+
+POINTS = ("planned", "intended", "performed", "done")
+
+
+def quiet(line: str) -> None:
+    """Narrate to nobody."""
+
+
+def decide_detach(kernel: FakeKernel, state: Path) -> Plan:
+    host = read_host(kernel.root, whole=True)
+    loans = read_ledger(state).loans
+    taken, _ = choose_all(host, loans=loans, preflight=Preflight())
+    return plan_detach(host, gpus=taken, loans=loans, preflight=Preflight())
+
+
+def decide_attach(kernel: FakeKernel, state: Path) -> Plan:
+    host = read_host(kernel.root, whole=True)
+    loans = read_ledger(state).loans
+    return plan_attach(host, gpus=tuple(loans), loans=loans)
+
+
+def killed(work: Callable[[], None]) -> bool:
+    """Do the work in a process of its own; whether it was killed on the way."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+
+
+def run_and_die(kernel: FakeKernel, state: Path, plan: Plan, *, at: int | None = None) -> bool:
+    """Execute a plan in a process that SIGKILL ends at its ``at``-th boundary."""
+    passed = 0
+
+    def boundary(point: str, action: Action) -> None:
+        nonlocal passed
+        if passed == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        passed += 1
+
+    def work() -> None:
+        with Journal(state) as journal:
+            execute(plan, world=World(kernel, journal, quiet, None, boundary))
+
+    return killed(work)
+
+
+def recover_all(kernel: FakeKernel, state: Path) -> None:
+    with Journal(state) as journal:
+        host = read_host(kernel.root, whole=True)
+        for run in reversed(journal.ledger.unfinished):
+            recover(run, host=host, world=World(kernel, journal, quiet))
+
+
+@pytest.mark.parametrize("machine", ["emulated_host", "laptop"])
+def test_killed_at_every_boundary(tmp_path: Path, machine: str) -> None:
+    kernel = MACHINES[machine](tmp_path / "machine")
+    state = tmp_path / "state"
+    at_home = kernel.tree()
+    plan = decide_detach(kernel, state)
+    boundaries = len(plan.actions) * len(POINTS)
+    assert boundaries >= 20
+    for at in range(boundaries):
+        assert run_and_die(kernel, state, plan, at=at), at
+        recover_all(kernel, state)
+        assert kernel.tree() == at_home, f"detach killed at boundary {at}"
+        assert read_ledger(state).loans == {}
+        assert read_ledger(state).unfinished == ()
+    assert not run_and_die(kernel, state, plan)
+    detached = kernel.tree()
+    boundaries = len(decide_attach(kernel, state).actions) * len(POINTS)
+    for at in range(boundaries):
+        assert run_and_die(kernel, state, decide_attach(kernel, state), at=at), at
+        recover_all(kernel, state)
+        assert kernel.tree() == at_home, f"attach killed at boundary {at}"
+        assert read_ledger(state).loans == {}
+        assert not run_and_die(kernel, state, decide_detach(kernel, state))
+        assert kernel.tree() == detached
+
+
+@pytest.mark.parametrize("effect", ["kill-before", "kill-after"])
+@pytest.mark.parametrize("operation", ["driver_override", "unbind", "drivers_probe"])
+def test_killed_at_every_write(tmp_path: Path, operation: str, effect: str) -> None:
+    kernel = emulated_host(tmp_path / "machine")
+    state = tmp_path / "state"
+    at_home = kernel.tree()
+    for address in ("0000:02:00.0", "0000:02:00.1"):
+        kernel.faults = [Fault(operation, address, effect)]
+        plan = decide_detach(kernel, state)
+        assert run_and_die(kernel, state, plan)
+        kernel.faults = []
+        recover_all(kernel, state)
+        assert kernel.tree() == at_home
+        assert not run_and_die(kernel, state, plan)
+        kernel.faults = [Fault(operation, address, effect)]
+        assert run_and_die(kernel, state, decide_attach(kernel, state))
+        kernel.faults = []
+        recover_all(kernel, state)
+        assert kernel.tree() == at_home
+        assert read_ledger(state).loans == {}
+
+
+def test_recover_may_be_killed_too(tmp_path: Path) -> None:
+    kernel = emulated_host(tmp_path / "machine")
+    state = tmp_path / "state"
+    at_home = kernel.tree()
+    plan = decide_detach(kernel, state)
+    assert run_and_die(kernel, state, plan, at=len(plan.actions) * len(POINTS) - 2)
+    for address in ("0000:02:00.1", "0000:01:00.0"):
+        kernel.faults = [Fault("unbind", address, "kill-after")]
+        assert killed(lambda: recover_all(kernel, state))
+    kernel.faults = []
+    recover_all(kernel, state)
+    assert kernel.tree() == at_home
+    assert read_ledger(state).loans == {}
+
+
+def test_another_card_at_the_address_is_left_alone(tmp_path: Path) -> None:
+    kernel = emulated_host(tmp_path / "machine")
+    state = tmp_path / "state"
+    plan = decide_detach(kernel, state)
+    assert run_and_die(kernel, state, plan, at=len(plan.actions) * len(POINTS) - 2)
+    # The host boots again, and a network card has the address that the GPU had.
+    folder = kernel.root / "sys/bus/pci/devices/0000:02:00.0"
+    (folder / "uevent").write_text("PCI_CLASS=20000\nPCI_ID=8086:10C9\n")
+    (folder / "vendor").write_text("0x8086\n")
+    written = len(kernel.writes)
+    recover_all(kernel, state)
+    assert all("02:00.0" not in path + word for path, word in kernel.writes[written:])
+    assert read_ledger(state).unfinished == ()
+    assert read_ledger(state).loans == {}
+
+
+def test_a_card_that_is_gone_does_not_keep_recover_from_ending(tmp_path: Path) -> None:
+    kernel = emulated_host(tmp_path / "machine")
+    state = tmp_path / "state"
+    plan = decide_detach(kernel, state)
+    assert run_and_die(kernel, state, plan, at=len(plan.actions) * len(POINTS) - 2)
+    (kernel.root / "sys/bus/pci/devices/0000:02:00.1").unlink()
+    recover_all(kernel, state)
+    assert read_ledger(state).unfinished == ()
+    assert read_ledger(state).loans == {}
+
+
+def test_orphan_overrides_are_cleared(tmp_path: Path) -> None:
+    kernel = emulated_host(tmp_path / "machine")
+    at_home = kernel.tree()
+    sound, gpu = PciAddress.parse("02:00.1"), PciAddress.parse("02:00.0")
+    kernel.set_override(sound, "vfio-pci")
+    kernel.set_override(gpu, "vfio-pci")
+    kernel.unbind(gpu, "bochs-drm")
+    kernel.probe(gpu)
+    assert kernel.binding(gpu) == DriverBinding("vfio-pci", "vfio-pci")
+    state = tmp_path / "state"
+    plan = plan_release(read_host(kernel.root, whole=True), ledger=read_ledger(state), holders={})
+    assert [action.why for action in plan.actions]
+    with Journal(state) as journal:
+        release(plan, world=World(kernel, journal, quiet))
+    assert kernel.tree() == at_home
