@@ -71,6 +71,9 @@ class ClusterWorld:
     numa_nodes: int = 1
     connections: dict[tuple[str, str], Ssh] = field(default_factory=dict)
     facts: dict[str, NodeFacts] = field(default_factory=dict)
+    # When each node was started (monotonic), and after how many seconds it was ready.
+    started: dict[str, float] = field(default_factory=dict)
+    ready: dict[str, float] = field(default_factory=dict)
 
     @property
     def hypervisor(self) -> Hypervisor:
@@ -113,10 +116,14 @@ class ClusterWorld:
         if kept is not None:
             kept.close()
 
-    def close(self) -> None:
-        """Close every connection."""
+    def hang_up_all(self) -> None:
+        """Close the connections to nodes."""
         for cluster, node in list(self.connections):
             self.hang_up(cluster, node)
+
+    def close(self) -> None:
+        """Close every connection."""
+        self.hang_up_all()
         if self.hypervisor_open is not None:
             self.hypervisor_open.close()
             self.hypervisor_open = None
@@ -197,6 +204,7 @@ def start_node(action: StartNode, ours: ClusterWorld) -> None:
     found = ours.hypervisor.domain(name)
     if found is not None and found.running:
         return
+    ours.started[node.name] = time.monotonic()
     folder.make_disk(node.name, image=image, size=node.disk)
     folder.make_log_folder()
     view = node_view(record.allocation, action.placement, image=image, ours=ours)
@@ -264,7 +272,7 @@ def await_node(action: AwaitNode, ours: ClusterWorld, *, narrate: Callable[[str]
     node = placement.node.name
     name = domain_name(action.cluster, node)
     folder = ours.folder(action.cluster)
-    begun = time.monotonic()
+    begun = ours.started.get(node, time.monotonic())
     said = begun
 
     def alive() -> None:
@@ -302,9 +310,10 @@ def await_node(action: AwaitNode, ours: ClusterWorld, *, narrate: Callable[[str]
             remedy=f"its whole console is kept in {folder.console(node)}",
         )
     ours.facts[node] = facts
+    ours.ready[node] = time.monotonic() - begun
     seen = Counter(f"{gpu.id}" for gpu in facts.gpus)
     shown = ", ".join(f"{count} × {name}" for name, count in seen.items()) or "no GPU, as declared"
-    narrate(f"{node} is up after {time.monotonic() - begun:.0f} s and sees {shown}")
+    narrate(f"{node} is up after {ours.ready[node]:.0f} s and sees {shown}")
 
 
 def await_roll(action: AwaitRoll, ours: ClusterWorld, *, narrate: Callable[[str], None]) -> None:
