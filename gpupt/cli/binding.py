@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import click
 
@@ -147,11 +148,11 @@ def change(
 
 
 @contextmanager
-def open_world(settings: Settings) -> Iterator[World]:
-    """The world of this host, held for changing."""
+def open_world(settings: Settings, *, cluster: Any = None) -> Iterator[World]:
+    """The world of this host, held for changing; ``cluster`` is its ClusterWorld, if any."""
     with Journal(settings.state) as journal:
         kernel = settings.kernel(settings.root) if settings.kernel else Kernel(settings.root)
-        yield World(kernel, journal, settings.detail)
+        yield World(kernel, journal, settings.detail, cluster=cluster)
 
 
 @click.command()
@@ -171,6 +172,7 @@ def recover(settings: Settings, *, dry_run: bool, yes: bool) -> None:
     """
     from gpupt.apply.recover import recover as recover_run
     from gpupt.apply.recover import release
+    from gpupt.cli.clusterworld import cluster_world
     from gpupt.decide.binding import plan_release
     from gpupt.decide.inverse import plan_recovery
 
@@ -192,7 +194,7 @@ def recover(settings: Settings, *, dry_run: bool, yes: bool) -> None:
         if settings.as_json and not dry_run and not plan.actions:
             settings.emit(plan_json(plan))
         return
-    with open_world(settings) as world:
+    with open_world(settings, cluster=cluster_world(settings)) as world:
         host = read_host(settings.root, whole=True)
         now, orphans = decide(host, world.journal.ledger)
         if now != plan:
