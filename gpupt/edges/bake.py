@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from gpupt.edges.bakery import SAY, WRONG, Order
-from gpupt.edges.images import find_image, images_folder, write_image
+from gpupt.edges.images import find_image, images_folder, layers_folder, write_image
 from gpupt.edges.process import run, stream
 from gpupt.edges.resources import resource_folder
 from gpupt.edges.sources import SUITE, Sources, architecture, read_sources
@@ -59,7 +59,7 @@ def bake_image(
         trees: list[Path] = []
         sources = read_sources(mirror=mirror)
         for layer in layers:
-            tree = state / "layers" / layer.digest / "root"
+            tree = layers_folder(state) / layer.digest / "root"
             if tree.is_dir():
                 narrate(f"{layer.roll}: layer {layer.digest} is there")
             else:
@@ -116,8 +116,8 @@ def find_uv() -> Path:
 @contextmanager
 def baking(state: Path, narrate: Narrate, *, patience: float = _DEADLINE) -> Iterator[None]:
     """One bake at a time for each state folder; says so when it waits for another."""
-    (state / "layers").mkdir(parents=True, exist_ok=True)
-    with (state / "layers/.lock").open("a+") as lock:
+    layers_folder(state).mkdir(parents=True, exist_ok=True)
+    with (layers_folder(state) / ".lock").open("a+") as lock:
         end = time.monotonic() + patience
         said = False
         while True:
@@ -153,7 +153,7 @@ def _bake_layer(
     for name in ("wheels", "debs"):
         (state / name).mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
-    with _half(state / "layers" / layer.digest) as folder:
+    with _half(layers_folder(state) / layer.digest) as folder:
         wheel: str | None = None
         if roll.name == SELF:
             wheel = str(pack_wheel(folder))

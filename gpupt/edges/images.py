@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from gpupt.errors import Failed
-from gpupt.model.roll import Image
+from gpupt.model.roll import Image, Layer
 
 RECORD = "image.json"
 
@@ -19,11 +19,29 @@ def images_folder(state: Path) -> Path:
     return state / "images"
 
 
+def layers_folder(state: Path) -> Path:
+    return state / "layers"
+
+
 def read_images(state: Path) -> tuple[Image, ...]:
     """Every whole image, the newest first; raises Failed for a record that cannot be read."""
     records = images_folder(state).glob(f"*/{RECORD}")
     newest = sorted(records, key=lambda path: path.stat().st_mtime, reverse=True)
     return tuple(read_image(path.parent) for path in newest)
+
+
+def layer_trees(state: Path, layers: Sequence[Layer]) -> tuple[Path, ...]:
+    """The trees of those layers (given base first), the topmost first; raises Failed when
+    one has not been baked."""
+    trees = tuple(layers_folder(state) / layer.digest / "root" for layer in reversed(layers))
+    for tree, layer in zip(trees, reversed(layers), strict=True):
+        if not tree.is_dir():
+            raise Failed(
+                f"the layer of the roll {layer.roll} has not been baked",
+                details=f"looked for {tree}",
+                remedy=f"gpupt image build {layers[-1].roll}",
+            )
+    return trees
 
 
 def find_image(state: Path, digest: str) -> Image | None:
