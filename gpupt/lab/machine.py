@@ -1,0 +1,151 @@
+"""Pure of effects: the emulated host's description, and QEMU's command line made from it."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from gpupt.lab.topology import Topology, device_arguments, driver_commands
+from gpupt.model.roll import Image
+
+CREDENTIALS = "opt/io.systemd.credentials"  # where systemd looks for them in QEMU's fw_cfg
+IMAGES = "/var/lib/gpupt/images"  # in the emulated host
+UNIT = "gpupt-lab.service"
+SHARE = "/mnt/share"
+
+# What the names below the lab's folder are for.
+OVERLAY, CONSOLE, QMP, LOG = "overlay.qcow2", "console.log", "qmp.sock", "qemu.log"
+KEY, HOST_KEY = "key", "host_key"
+IMAGES_SHARE = "images"
+AUTHORIZED, HOSTS, SETUP, UNIT_STRING = "authorized_keys", "hosts", "setup", "unit"
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """The emulated host to boot; ``memory`` in bytes, ``port`` on the loopback leads to its
+    SSH.  ``images`` are what its own gpupt finds already built; ``accelerator`` is kvm or
+    tcg."""
+
+    name: str
+    image: Image
+    topology: Topology
+    cpus: int
+    memory: int
+    port: int
+    accelerator: str
+    images: tuple[Image, ...] = ()
+    share: Path | None = None
+
+
+def kernel_line(machine: Machine) -> str:
+    """The emulated host's kernel command line."""
+    words = [
+        "root=/dev/vda rw console=ttyS0 quiet",
+        f"systemd.hostname={machine.name} systemd.wants={UNIT} gpupt.lab={machine.name}",
+        "intel_iommu=on",
+        # nouveau reads past the stand-in's registers and takes the kernel down.
+        "module_blacklist=nouveau",
+        "mitigations=off nokaslr",
+    ]
+    if machine.accelerator == "tcg":
+        # An emulated timer is late at times; the kernel must not think it broken.
+        words.append("tsc=reliable no_timer_check")
+    return " ".join(words)
+
+
+def qemu_arguments(machine: Machine) -> list[str]:
+    """QEMU's arguments; paths below the lab's folder are relative to it."""
+    kvm = machine.accelerator == "kvm"
+    words = ["-name", f"gpupt-lab-{machine.name}", "-nodefaults", "-no-user-config"]
+    words += ["-machine", "q35" + (",kernel-irqchip=split" if kvm else "")]
+    words += ["-accel", "kvm" if kvm else "tcg,thread=multi"]
+    words += ["-cpu", "host" if kvm else "max", "-smp", str(machine.cpus)]
+    words += ["-m", f"{machine.memory >> 20}M", "-display", "none"]
+    words += ["-device", "intel-iommu,intremap=on,caching-mode=on"]
+    words += ["-kernel", str(machine.image.kernel), "-initrd", str(machine.image.initrd)]
+    words += ["-append", kernel_line(machine)]
+    words += ["-chardev", f"file,id=console,path={CONSOLE},append=on", "-serial", "chardev:console"]
+    words += ["-qmp", f"unix:{QMP},server=on,wait=off"]
+    words += _disk("root", Path(OVERLAY), form="qcow2", options="cache=unsafe,discard=unmap")
+    for image in machine.images:
+        words += _disk(
+            f"image-{image.digest}",
+            Path(image.disk),
+            form=image.format,
+            options="readonly=on",
+            serial=serial_of(image),
+        )
+    words += ["-netdev", f"user,id=net,restrict=on,hostfwd=tcp:127.0.0.1:{machine.port}-:22"]
+    words += ["-device", "virtio-net-pci,netdev=net,romfile=", "-device", "virtio-rng-pci"]
+    words += _folder("images", Path(IMAGES_SHARE), read_only=True)
+    if machine.share is not None:
+        words += _folder("share", machine.share, read_only=False)
+    words += _credential("ssh.authorized_keys.root", AUTHORIZED)
+    words += _credential("gpupt.ssh_host_ed25519_key", HOST_KEY)
+    words += _credential("gpupt.hosts", HOSTS)
+    words += _credential("gpupt.lab.setup", SETUP)
+    # A unit's name is too long for a name in fw_cfg: it comes by the firmware's tables.
+    words += ["-smbios", f"type=11,path={UNIT_STRING}"]
+    return words + device_arguments(machine.topology)
+
+
+def serial_of(image: Image) -> str:
+    """The serial number of the disk that holds the image; virtio has room for 20 characters."""
+    return image.digest[:20]
+
+
+def setup_unit() -> str:
+    """The unit that readies the emulated host at each of its boots."""
+    return """[Unit]
+Description=What makes this an emulated GPU host: images and host drivers
+DefaultDependencies=no
+After=systemd-modules-load.service systemd-udevd.service local-fs.target
+Before=libvirtd.service ssh.service
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ImportCredential=gpupt.lab.*
+ExecStart=/bin/sh %d/gpupt.lab.setup
+"""
+
+
+def setup_script(machine: Machine) -> str:
+    """What that unit runs: the images' mount, nested KVM, the host drivers of every card."""
+    lines = ["set -eu", f"mkdir -p {IMAGES}", _mount("images", IMAGES, "ro")]
+    if machine.share is not None:
+        lines += [f"mkdir -p {SHARE}", _mount("share", SHARE, "rw")]
+    lines += [
+        "modprobe kvm_amd || modprobe kvm_intel || true",
+        # Polling for a guest's next wish burns what the guest itself needs here.
+        "echo 0 > /sys/module/kvm/parameters/halt_poll_ns || true",
+        *driver_commands(machine.topology),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _mount(tag: str, where: str, mode: str) -> str:
+    options = f"trans=virtio,version=9p2000.L,msize=262144,{mode}"
+    return shlex.join(["mount", "-t", "9p", "-o", options, tag, where])
+
+
+def _disk(name: str, path: Path, *, form: str, options: str, serial: str = "") -> list[str]:
+    drive = f"if=none,id={name},file={_escaped(path)},format={form},{options}"
+    device = f"virtio-blk-pci,drive={name}" + (f",serial={serial}" if serial else "")
+    return ["-drive", drive, "-device", device]
+
+
+def _folder(tag: str, path: Path, *, read_only: bool) -> list[str]:
+    fsdev = f"local,id={tag},path={_escaped(path)},security_model=none"
+    if read_only:
+        fsdev += ",readonly=on"
+    return ["-fsdev", fsdev, "-device", f"virtio-9p-pci,fsdev={tag},mount_tag={tag}"]
+
+
+def _credential(name: str, file: str) -> list[str]:
+    return ["-fw_cfg", f"name={CREDENTIALS}/{name},file={file}"]
+
+
+def _escaped(path: Path) -> str:
+    """A comma separates QEMU's options; doubled, it stands for itself."""
+    return str(path).replace(",", ",,")
