@@ -1,5 +1,5 @@
-"""Finds rolls/, playbooks/ and templates/: inside the package in a wheel, beside it in a
-checkout or an editable install (where importlib.resources alone does not see them)."""
+"""Finds rolls/, playbooks/, templates/ and examples/: inside the package in a wheel, beside
+it in a checkout or an editable install (where importlib.resources alone fails)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 
 from gpupt.errors import Failed
 
-Kind = Literal["rolls", "playbooks", "templates"]
+Kind = Literal["rolls", "playbooks", "templates", "examples"]
 
 
 def resource_folder(kind: Kind) -> Path:

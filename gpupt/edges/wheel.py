@@ -26,6 +26,7 @@ def source_files() -> dict[str, Path]:
         "gpupt/rolls": resource_folder("rolls"),
         "gpupt/playbooks": resource_folder("playbooks"),
         "gpupt/templates": resource_folder("templates"),
+        "gpupt/examples": resource_folder("examples"),
     }
     found: dict[str, Path] = {}
     for inside, folder in folders.items():

@@ -20,7 +20,7 @@ HERE = Path(__file__).resolve().parents[2]
 LOOK = """
 import json, sys
 from gpupt.edges.resources import resource_folder
-folders = {kind: resource_folder(kind) for kind in ("rolls", "playbooks", "templates")}
+folders = {kind: resource_folder(kind) for kind in ("rolls", "playbooks", "templates", "examples")}
 print(json.dumps({kind: sorted(
     str(path.relative_to(folder)) for path in folder.rglob("*")
     if path.is_file() and path.suffix != ".pyc"

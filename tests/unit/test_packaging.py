@@ -8,7 +8,7 @@ from pathlib import Path
 from gpupt.edges import resources
 
 HERE = Path(__file__).resolve().parents[2]
-BESIDE = ("rolls", "playbooks", "templates")
+BESIDE = ("rolls", "playbooks", "templates", "examples")
 
 
 def metadata() -> configparser.ConfigParser:
