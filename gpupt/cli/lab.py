@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import shlex
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -112,36 +113,70 @@ def up(
     accelerator: str,
 ) -> None:
     """Boot the emulated host and wait until it is ready for work; it stays up after."""
-    from gpupt.edges.ssh import free_port
-    from gpupt.lab.host import check_name, find_lab, start_lab
-    from gpupt.lab.machine import Machine
-    from gpupt.lab.topology import find_topology
+    from gpupt.lab.host import check_name, find_lab
 
-    # QEMU runs in the lab's folder: paths that it is given must not be relative to ours.
-    settings = replace(settings, state=settings.state.resolve())
-    cards = find_topology(topology)
     known = find_lab(settings.state, check_name(name))
     if known is not None and known.is_running:
         settings.say(f"{name}: nothing to do, it is up")
         _show(settings, known, changed=False)
         return
-    size = parse_size(memory) if memory else default_memory()
+    started = boot_lab(
+        settings,
+        name=name,
+        cpus=cpus,
+        memory=parse_size(memory) if memory else None,
+        topology=topology,
+        share=share,
+        images=images,
+        host_image=host_image,
+        accelerator=accelerator,
+    )
+    _show(settings, started, changed=True)
+
+
+def boot_lab(
+    settings: Settings,
+    *,
+    name: str = "lab",
+    cpus: int | None = None,
+    memory: int | None = None,
+    topology: str = "default",
+    share: Path | None = None,
+    images: tuple[str, ...] = (),
+    host_image: str | None = None,
+    accelerator: str = "auto",
+    narrate: Callable[[str], None] | None = None,
+) -> Lab:
+    """Boot an emulated host and return when it is ready for work; ``memory`` in bytes.
+
+    ``images``: digests of what its own gpupt finds already built; none named: the newest of
+    every set of rolls.  Raises BadInput, Failed when an image is missing or it does not boot.
+    """
+    from gpupt.edges.ssh import free_port
+    from gpupt.lab.host import start_lab
+    from gpupt.lab.machine import Machine
+    from gpupt.lab.topology import find_topology
+
+    # QEMU runs in the lab's folder: paths that it is given must not be relative to ours.
+    settings = replace(settings, state=settings.state.resolve())
+    narrate = narrate or settings.say
+    cards = find_topology(topology)
+    nodes = _node_images(settings, images)
     boots, trees = _host_image(settings, host_image)
     if accelerator == "auto":
-        accelerator = _probe(settings, trees)
+        accelerator = _probe(trees, narrate)
     machine = Machine(
         name=name,
         image=boots,
         topology=cards,
         cpus=cpus or min(os.cpu_count() or 2, 16),
-        memory=size,
+        memory=memory or default_memory(),
         port=free_port(),
         accelerator=accelerator,
-        images=_node_images(settings, images),
+        images=nodes,
         share=share.resolve() if share else None,
     )
-    started = start_lab(machine, state=settings.state, trees=trees, narrate=settings.say)
-    _show(settings, started, changed=True)
+    return start_lab(machine, state=settings.state, trees=trees, narrate=narrate)
 
 
 @lab.command(context_settings={"ignore_unknown_options": True})
@@ -254,16 +289,16 @@ def _node_images(settings: Settings, digests: tuple[str, ...]) -> tuple[Image, .
     return tuple(newest.values())
 
 
-def _probe(settings: Settings, trees: tuple[Path, ...]) -> str:
+def _probe(trees: tuple[Path, ...], narrate: Callable[[str], None]) -> str:
     """kvm when a guest really runs on it, else tcg; said aloud."""
     from gpupt.edges.kvm import probe_kvm
     from gpupt.lab.emulator import find_emulator
 
     verdict = probe_kvm(find_emulator(trees).argv)
     if verdict.usable:
-        settings.say(f"KVM: {verdict.why}")
+        narrate(f"KVM: {verdict.why}")
         return "kvm"
-    settings.say(f"emulating the processor (TCG): {verdict.why}")
+    narrate(f"emulating the processor (TCG): {verdict.why}")
     return "tcg"
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -77,6 +78,9 @@ class Lab:
             if not self.is_running:
                 raise Failed(f"the emulated host {self.name} has ended", details=tail_of(self))
 
+        end_of_wait = time.monotonic() + deadline
+        await_banner(self.port, deadline=deadline, alive=alive, name=self.name)
+        deadline = max(end_of_wait - time.monotonic(), 5)
         return Ssh.connect(
             "127.0.0.1",
             port=self.port,
@@ -192,6 +196,21 @@ def start_lab(machine: m.Machine, *, state: Path, trees: Sequence[Path], narrate
             raise
     narrate(f"{lab.name}: ready after {time.monotonic() - began:.0f} s")
     return lab
+
+
+def await_banner(port: int, *, deadline: float, alive: Callable[[], None], name: str) -> None:
+    """Wait until an SSH server speaks at the port.
+
+    QEMU accepts a connection long before the guest has a network, and then is silent: each
+    try is given up early.  Raises DeadlineExceeded, and whatever ``alive`` raises."""
+    deadline_at = time.monotonic() + deadline
+    while time.monotonic() < deadline_at:
+        alive()
+        with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=3) as peer:
+            if peer.recv(4) == b"SSH-":
+                return
+        time.sleep(0.3)
+    raise DeadlineExceeded(f"the emulated host {name} did not answer SSH within {deadline:g} s")
 
 
 def await_ready(ssh: Ssh, *, name: str, deadline: float = READY_DEADLINE) -> None:
