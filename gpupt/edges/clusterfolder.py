@@ -182,6 +182,8 @@ class ClusterFolder:
             ],
             deadline=60,
         )
+        # What a node writes is not for every user of the host; libvirt lends it to QEMU's.
+        half.chmod(0o600)
         half.replace(disk)
         return True
 
