@@ -112,6 +112,9 @@ def undo_all(reached: list[JournalEntry], *, run: int, world: World) -> list[str
             failed = True
             said.append(f"could not undo {name}: {error.brief}")
             world.narrate(said[-1])
+            if not host.is_host_action(entry.action):
+                # A node that could not be stopped keeps its GPUs.
+                break
             continue
         world.journal.mark(run, entry.step, state="undone")
         said.append(f"undone: {name}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from gpupt.actions import Plan, Run
 from gpupt.apply.execute import perform, terminated_like_interrupted, undo
+from gpupt.apply.host import is_host_action
 from gpupt.apply.world import World
 from gpupt.decide.inverse import plan_recovery, to_undo
 from gpupt.errors import Failed, GpuptError
@@ -32,13 +33,16 @@ def carry_on_run(run: Run, *, host: Host, world: World) -> None:
 
 
 def undo_run(run: Run, *, host: Host, world: World) -> None:
-    """Undo what a run reached, in reverse; what fails does not keep the rest from it."""
+    """Undo what a run reached, in reverse; one function that stays keeps no other."""
     errors: list[GpuptError] = []
     for entry in to_undo(run, host=host):
         try:
             undo(entry, world)
         except GpuptError as error:
             errors.append(error)
+            if not is_host_action(entry.action):
+                # A node that could not be stopped keeps its GPUs.
+                break
         else:
             world.journal.mark(run.number, entry.step, state="undone")
     if errors:

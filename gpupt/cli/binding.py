@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import click
 
-from gpupt.actions import Ledger, Plan
+from gpupt.actions import Ledger, Plan, Run
+from gpupt.apply.host import is_host_action
 from gpupt.apply.world import World
 from gpupt.cli.context import Settings, changing, common, consent, plan_json
 from gpupt.cli.naming import named_gpu

@@ -38,6 +38,9 @@ class Settings:
         """``base`` with what was given on the command line laid over it."""
         base = base or cls()
         root, state = given.get("root"), given.get("state")
+        if root and not state and base.state == cls.state_of(base.root):
+            # What this machine has on loan says nothing of another one's tree.
+            state = cls.state_of(Path(root))
         return cls(
             root=Path(root) if root else base.root,
             connect=given.get("connect") or base.connect,
@@ -46,6 +49,11 @@ class Settings:
             verbose=max(base.verbose, given.get("verbose") or 0),
             kernel=base.kernel,
         )
+
+    @staticmethod
+    def state_of(root: Path) -> Path:
+        """The state folder of the machine under a root."""
+        return root / "var/lib/gpupt"
 
     def emit(self, data: Mapping[str, Any]) -> None:
         """Print one JSON object with the schema's number in it."""

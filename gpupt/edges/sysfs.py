@@ -28,6 +28,7 @@ from gpupt.model.pci import (
 IORESOURCE_MEM = 0x200
 IORESOURCE_PREFETCH = 0x2000
 IORESOURCE_MEM_64 = 0x100000
+IORESOURCE_UNSET = 0x20000000
 RESOURCE_ROWS_OF_BARS = 6
 
 
@@ -262,6 +263,7 @@ class Reader:
                     size=end - start + 1,
                     prefetchable=bool(flags & IORESOURCE_PREFETCH),
                     bits=64 if flags & IORESOURCE_MEM_64 else 32,
+                    assigned=bool(start) and not flags & IORESOURCE_UNSET,
                 )
             )
         return tuple(found)

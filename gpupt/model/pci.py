@@ -62,12 +62,15 @@ class PciId:
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """A base address register with a size in bytes; ``bits`` is 32 or 64."""
+    """A base address register with a size in bytes; ``bits`` is 32 or 64.
+
+    Not ``assigned``: no window above the card had room for it."""
 
     index: int
     size: int
     prefetchable: bool
     bits: int
+    assigned: bool = True
 
 
 @dataclass(frozen=True, slots=True)

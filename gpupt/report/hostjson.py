@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from gpupt.actions import Ledger
 from gpupt.model.gpus import state_of
 from gpupt.model.host import Finding, Gpu, Host, Loan
 from gpupt.model.pci import PciAddress
+
+if TYPE_CHECKING:
+    from gpupt.actions import Ledger
+    from gpupt.decide.doctor import Diagnosis
 
 Loans = Mapping[PciAddress, Loan]
 
@@ -113,4 +116,13 @@ def loan_json(loan: Loan, *, host: Host) -> dict[str, Any]:
             for origin in loan.origins
             for device in (host.devices.get(origin.address),)
         ],
+    }
+
+
+def doctor_json(diagnosis: Diagnosis) -> dict[str, Any]:
+    """``gpupt doctor --json``."""
+    return {
+        "findings": [finding_json(finding) for finding in diagnosis.findings],
+        "checked": list(diagnosis.checked),
+        "skipped": [{"id": id, "why": why} for id, why in diagnosis.skipped.items()],
     }

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING
 
-from gpupt.actions import Ledger
 from gpupt.model.gpus import state_of
 from gpupt.model.host import Finding, Gpu, GpuState, Host, Loan
 from gpupt.model.pci import Bar, Link, PciAddress, PciDevice
+
+if TYPE_CHECKING:
+        
+if TYPE_CHECKING:
+    from gpupt.actions import Ledger
+    from gpupt.decide.doctor import Diagnosis
 
 COLOURS = {
     "host": "32",
@@ -221,3 +229,24 @@ def loan_lines(host: Host, ledger: Ledger, *, colour: bool) -> list[str]:
                 ]
             )
     return table(["ON LOAN", "TO", "DRIVER", "RETURNS TO", "ID"], rows, colour=colour)
+
+
+def doctor_lines(host: Host, diagnosis: Diagnosis, *, colour: bool) -> list[str]:
+    """``gpupt doctor``: the findings, then what was and was not looked at."""
+    lines = finding_lines(diagnosis.findings, colour=colour)
+    if lines:
+        lines.append("")
+    counts = Counter(finding.severity.value for finding in diagnosis.findings)
+    said = ", ".join(f"{count} {name}" for name, count in counts.items()) or "nothing found"
+    verdict = "" if diagnosis.healthy else " — not ready to lend every GPU"
+    lines.append(
+        f"GPUs: {len(host.gpus)}, IOMMU groups: {len(host.groups)}, "
+        f"checks: {len(diagnosis.checked)}: "
+        + paint(said, "fail" if counts["fail"] else "host", colour=colour)
+        + verdict
+    )
+    lines += [
+        paint(f"not checked: {name} ({why})", "dim", colour=colour)
+        for name, why in diagnosis.skipped.items()
+    ]
+    return lines

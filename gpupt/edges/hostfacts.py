@@ -1,0 +1,221 @@
+"""Reads what doctor must know beyond the PCI bus, from /proc, /sys, /etc and /lib/modules."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from gpupt.edges.holders import read_holders, vfio_to_be_had
+from gpupt.edges.sysfs import Reader
+from gpupt.model.facts import HostFacts, MemoryLimits, Reserved, StuckUnbind, VfioClaim
+from gpupt.model.host import Host
+from gpupt.model.pci import PciAddress, PciId
+
+MODPROBE = ("etc/modprobe.d", "run/modprobe.d", "usr/lib/modprobe.d", "lib/modprobe.d")
+
+
+def read_facts(
+    root: Path,
+    host: Host,
+    *,
+    kvm: str | None = None,
+    libvirt: str | None = None,
+    unread: Mapping[str, str] | None = None,
+) -> HostFacts:
+    """The facts of the machine under ``root``.
+
+    ``kvm`` and ``libvirt`` are what is wrong with these, found out elsewhere; ``unread``
+    says why checks of these could not run.
+    """
+    reader = Reader(root)
+    skipped = dict(unread or {})
+    chips = interrupt_chips(reader)
+    if chips is None:
+        skipped["intremap-off"] = "/proc/interrupts shows it on x86 only"
+    functions = {address for gpu in host.gpus for address in (gpu.address, *gpu.companions)}
+    limits = memory_limits(reader)
+    if limits is None:
+        skipped["memlock"] = "/proc/self/limits is not readable"
+    release = reader.text("proc/sys/kernel/osrelease")
+    aliases = reader.whole(f"lib/modules/{release}/modules.alias")
+    if not aliases:
+        skipped["wrong-vfio-flavour"] = "the running kernel's modules.alias is not readable"
+    if not (root / "proc/1").exists():
+        for name in ("device-held", "iommufd-busy", "unbind-stuck"):
+            skipped[name] = "no processes under this root"
+    facts = HostFacts(
+        interrupt_chips=chips,
+        unsafe_interrupts=reader.text(
+            "sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts"
+        )
+        in {"Y", "1"},
+        vfio=vfio_to_be_had(reader),
+        holders=read_holders(reader, host, functions),
+        framebuffers=tuple(reader.whole("proc/fb").splitlines()),
+        boot_framebuffers=boot_framebuffers(reader, functions),
+        claims=tuple(vfio_claims(reader, host.kernel_cmdline)),
+        reserved=tuple(reserved_regions(reader, host)),
+        flavours=flavours(reader, functions, aliases=aliases),
+        hugepages=hugepages(reader),
+        limits=limits,
+        stuck=tuple(stuck_unbinds(reader)),
+        kvm=kvm,
+        libvirt=libvirt,
+        unread=skipped,
+    )
+    denied = [path for path in reader.denied if path.endswith("/fd")]
+    if denied and not facts.holders:
+        skipped["device-held"] = f"{len(denied)} processes may be looked into by root only"
+        skipped["iommufd-busy"] = skipped["device-held"]
+    return facts
+
+
+def interrupt_chips(reader: Reader) -> frozenset[str] | None:
+    """The interrupt controllers in use, ``IR-…`` where interrupts are remapped; None where
+    /proc/interrupts names none of x86's."""
+    found = set()
+    for line in reader.whole("proc/interrupts").splitlines():
+        for word in line.split():
+            if word.startswith(("IR-", "IO-APIC", "PCI-MSI", "HPET-MSI", "DMAR-MSI", "AMD-Vi")):
+                found.add(word)
+    return frozenset(found) or None
+
+
+def boot_framebuffers(reader: Reader, functions: Iterable[PciAddress]) -> dict[PciAddress, str]:
+    """Functions whose memory the firmware's framebuffer is in, from /proc/iomem."""
+    found: dict[PciAddress, str] = {}
+    names = {str(address): address for address in functions}
+    above: PciAddress | None = None
+    depth = 0
+    for line in reader.whole("proc/iomem").splitlines():
+        indent = len(line) - len(line.lstrip())
+        name = line.partition(" : ")[2]
+        if name in names:
+            above, depth = names[name], indent
+        elif above is not None and indent <= depth:
+            above = None
+        elif above is not None and name in {"BOOTFB", "efifb", "simplefb", "vesafb", "simpledrm"}:
+            found[above] = name
+    return found
+
+
+def vfio_claims(reader: Reader, cmdline: str) -> Iterator[VfioClaim]:
+    """Where vfio-pci is told to take ids: the command line, and modprobe's configuration."""
+    for word in cmdline.split():
+        key, _, value = word.partition("=")
+        if key.replace("_", "-") == "vfio-pci.ids":
+            yield VfioClaim(f"kernel command line: {word}", tuple(ids_in(value)))
+    for folder in MODPROBE:
+        for name in reader.names(folder):
+            if not name.endswith(".conf"):
+                continue
+            for line in reader.whole(f"{folder}/{name}").splitlines():
+                words = line.split()
+                if words[:1] != ["options"] or words[1:2] not in (["vfio-pci"], ["vfio_pci"]):
+                    continue
+                for word in words[2:]:
+                    if word.startswith("ids="):
+                        yield VfioClaim(f"/{folder}/{name}: {line}", tuple(ids_in(word[4:])))
+
+
+def ids_in(text: str) -> Iterator[PciId]:
+    """The ids of ``10de:2330,10de:10f8:ffff:ffff``; what is no id is left out."""
+    for entry in text.strip('"').split(","):
+        parts = entry.split(":")
+        try:
+            yield PciId(int(parts[0], 16), int(parts[1], 16))
+        except (IndexError, ValueError):
+            continue
+
+
+def reserved_regions(reader: Reader, host: Host) -> Iterator[Reserved]:
+    """The reserved regions of the GPUs' groups."""
+    for number in sorted({gpu.device.iommu_group for gpu in host.gpus} - {None}, key=str):
+        for line in reader.whole(f"sys/kernel/iommu_groups/{number}/reserved_regions").splitlines():
+            try:
+                start, end, kind = line.split()
+                yield Reserved(int(str(number)), int(start, 16), int(end, 16), kind)
+            except ValueError:
+                continue
+
+
+def flavours(
+    reader: Reader, functions: Iterable[PciAddress], *, aliases: str
+) -> dict[PciAddress, str]:
+    """Functions for which the kernel has a VFIO driver more exact than vfio-pci.
+
+    Variant drivers say so by aliases of their own: Documentation/driver-api/vfio.rst and
+    libvirt's virPCIDeviceFindBestVFIOVariant read them in the same way.
+    """
+    known = [
+        (parts[1], parts[2])
+        for parts in (line.split() for line in aliases.splitlines() if "alias vfio_pci:" in line)
+        if len(parts) == 3 and parts[2] != "vfio_pci"
+    ]
+    found = {}
+    for address in functions:
+        modalias = reader.text(f"sys/bus/pci/devices/{address}/modalias") or ""
+        for pattern, module in known:
+            if fnmatchcase(f"vfio_{modalias}", pattern):
+                found[address] = module
+    return found
+
+
+def hugepages(reader: Reader) -> dict[int, int]:
+    """Bytes of reserved hugepages by NUMA node."""
+    found = {}
+    folder = "sys/devices/system/node"
+    for name in reader.names(folder):
+        if not (name.startswith("node") and name[4:].isdigit()):
+            continue
+        total = 0
+        for size in reader.names(f"{folder}/{name}/hugepages"):
+            count = reader.number(f"{folder}/{name}/hugepages/{size}/nr_hugepages", base=10)
+            kilobytes = size.removeprefix("hugepages-").removesuffix("kB")
+            total += (count or 0) * (int(kilobytes) << 10 if kilobytes.isdigit() else 0)
+        found[int(name[4:])] = total
+    return found
+
+
+def memory_limits(reader: Reader) -> MemoryLimits | None:
+    """What this process, and the guests it may start by itself, can lock."""
+    row = next(
+        (
+            line
+            for line in reader.whole("proc/self/limits").splitlines()
+            if line.startswith("Max locked memory")
+        ),
+        None,
+    )
+    if row is None:
+        return None
+    hard = row.split()[4]
+    total = next(
+        (
+            int(line.split()[1]) << 10
+            for line in reader.whole("proc/meminfo").splitlines()
+            if line.startswith("MemTotal:")
+        ),
+        None,
+    )
+    return MemoryLimits(
+        locked=None if hard == "unlimited" else int(hard),
+        as_root=os.geteuid() == 0,
+        dma_entries=reader.number(
+            "sys/module/vfio_iommu_type1/parameters/dma_entry_limit", base=10
+        ),
+        total=total,
+    )
+
+
+def stuck_unbinds(reader: Reader) -> Iterator[StuckUnbind]:
+    """Processes in state D whose kernel stack is inside unbind_store."""
+    for name in reader.names("proc"):
+        if not name.isdigit():
+            continue
+        # proc_pid_stat(5): PID (command) state …; the command may hold spaces and brackets.
+        state = (reader.text(f"proc/{name}/stat") or "").rpartition(")")[2].split()
+        if state[:1] == ["D"] and "unbind_store" in reader.whole(f"proc/{name}/stack"):
+            yield StuckUnbind(int(name), reader.text(f"proc/{name}/comm") or "?")
