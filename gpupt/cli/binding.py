@@ -156,6 +156,15 @@ def open_world(settings: Settings, *, cluster: Any = None) -> Iterator[World]:
         yield World(kernel, journal, settings.detail, cluster=cluster)
 
 
+def cluster_of(settings: Settings, runs: Iterable[Run]) -> Any:
+    """The ClusterWorld, when one of these runs is about a cluster: else libvirt is not needed."""
+    if all(is_host_action(action) for run in runs for action in run.plan.actions):
+        return None
+    from gpupt.cli.clusterworld import cluster_world
+
+    return cluster_world(settings)
+
+
 @click.command()
 @changing
 @common
@@ -173,7 +182,6 @@ def recover(settings: Settings, *, dry_run: bool, yes: bool) -> None:
     """
     from gpupt.apply.recover import recover as recover_run
     from gpupt.apply.recover import release
-    from gpupt.cli.clusterworld import cluster_world
     from gpupt.decide.binding import plan_release
     from gpupt.decide.inverse import plan_recovery
 
@@ -195,7 +203,7 @@ def recover(settings: Settings, *, dry_run: bool, yes: bool) -> None:
         if settings.as_json and not dry_run and not plan.actions:
             settings.emit(plan_json(plan))
         return
-    with open_world(settings, cluster=cluster_world(settings)) as world:
+    with open_world(settings, cluster=cluster_of(settings, ledger.unfinished)) as world:
         host = read_host(settings.root, whole=True)
         now, orphans = decide(host, world.journal.ledger)
         if now != plan:

@@ -6,14 +6,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
-from typing import TYPE_CHECKING
 
 from gpupt.model.gpus import state_of
 from gpupt.model.host import Finding, Gpu, GpuState, Host, Loan
 from gpupt.model.pci import Bar, Link, PciAddress, PciDevice
 
-if TYPE_CHECKING:
-        
 if TYPE_CHECKING:
     from gpupt.actions import Ledger
     from gpupt.decide.doctor import Diagnosis
