@@ -1,3 +1,34 @@
 """Fixtures that every tier may use; the folder of this file is on the import path."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--regenerate", action="store_true", help="Write the golden files anew, and fail."
+    )
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+    """Hold a text against the golden file of that name; a missing one fails."""
+
+    def hold(name: str, text: str) -> None:
+        file = GOLDEN / name
+        if request.config.getoption("--regenerate"):
+            if not file.exists() or file.read_text() != text:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text(text)
+                pytest.fail(f"{name} was written anew: look at the difference, and run again")
+            return
+        assert file.exists(), f"no golden file {name}: pytest --regenerate writes it"
+        assert text == file.read_text(), f"{name} differs: pytest --regenerate writes it anew"
+
+    return hold

@@ -279,7 +279,7 @@ class _Pool:
         ]
         if len(free) < node.gpus.count:
             raise Refused(
-                f"{node.name} asks for {_gpus(node.gpus.count)}, and {len(free)} can be had",
+                f"{node.name} asks for {_gpus(node.gpus.count)}, and {len(free)} are left",
                 details=(
                     *_at(place),
                     f"this host has {_gpus(len(self.host.gpus))}",

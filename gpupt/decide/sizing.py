@@ -16,9 +16,13 @@ QEMU_OVERHEAD = 160 << 20
 def show_size(size: int) -> str:
     """Bytes for a person: the largest unit that keeps it readable (``2560 MiB``, ``3 GiB``)."""
     for unit, factor in (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if size >= factor and size % factor == 0:
-            return f"{size // factor} {unit}"
-    return f"{size / (1 << 30):.1f} GiB" if size >= 1 << 30 else f"{size} bytes"
+        if size >= factor:
+            whole = size % factor == 0
+            below = factor >> 10
+            if not whole and size % below == 0 and size // below < 10_000:
+                continue
+            return f"{size // factor} {unit}" if whole else f"{size / factor:.1f} {unit}"
+    return f"{size} bytes"
 
 
 def assess_size(
