@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 import click
 
 from gpupt.cli.context import Settings, common
-from gpupt.edges.pciids import with_names
+from gpupt.edges.pciids import read_names, with_names
 from gpupt.edges.sysfs import read_host
 from gpupt.errors import Failed
 from gpupt.model.host import Loan
@@ -97,3 +98,73 @@ def status(settings: Settings) -> None:
         return
     for line in status_lines(host, ledger, colour=terminal_colour()):
         click.echo(line)
+
+
+@click.command()
+@click.argument("gpu")
+@common
+def info(settings: Settings, *, gpu: str) -> None:
+    """Explain one GPU and its IOMMU group.
+
+    GPU is an address (41:00.0) or an alias from STATE/aliases.yaml.  Shows every function
+    that leaves the host with it, and what would keep it from being detached now.
+
+    \b
+    Examples:
+      gpupt info 41:00.0
+      gpupt info 41:00.0 --json
+    """
+    from gpupt.cli.binding import read_preflight
+    from gpupt.cli.naming import named_gpu
+    from gpupt.decide.binding import gpu_at
+    from gpupt.decide.viability import assess_lending, closure
+
+    host = with_names(read_host(settings.root, whole=True), settings.root)
+    found = gpu_at(host, named_gpu(gpu, state=settings.state))
+    loans = known_loans(settings)
+    reasons = assess_lending(
+        host, found, loans=loans, preflight=read_preflight(settings, host, boot_gpu=False)
+    )
+    functions = closure(host, found)
+    if settings.as_json:
+        from gpupt.report.hostjson import info_json
+
+        settings.emit(info_json(found, host=host, loans=loans, leaving=functions, reasons=reasons))
+        return
+    from gpupt.report.card import info_lines
+
+    names = read_names(settings.root, (host.devices[address].id for address in functions))
+    for line in info_lines(
+        found,
+        host=host,
+        loan=loans.get(found.address),
+        leaving=functions,
+        reasons=reasons,
+        names=names,
+        colour=terminal_colour(),
+    ):
+        click.echo(line)
+
+
+@click.command()
+@click.argument("file", type=click.Path(dir_okay=False, writable=True))
+@common
+def snapshot(settings: Settings, *, file: str) -> None:
+    """Record this machine's PCI facts in a file.
+
+    FILE is a .tar.gz of the files that gpupt reads: PCI functions, IOMMU groups, drivers,
+    NUMA nodes, mounts and routes.  No serial numbers, MAC addresses, UUIDs or file names of
+    yours.  Unpacked, every reading verb works on it.
+
+    \b
+    Examples:
+      gpupt snapshot host.tar.gz
+      mkdir host && tar -xzf host.tar.gz -C host && gpupt --root host doctor
+    """
+    from gpupt.edges.snapshot import write_snapshot
+
+    count = write_snapshot(settings.root, Path(file))
+    if settings.as_json:
+        settings.emit({"file": file, "entries": count})
+        return
+    settings.say(f"{file}: {count} entries")

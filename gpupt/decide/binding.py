@@ -73,7 +73,8 @@ def plan_detach(
                         before=device.binding.driver,
                         after=VFIO,
                         override=VFIO,
-                        why=why_taken(gpu, address),
+                        why=f"{device.binding.driver or 'no driver'} → {VFIO}: "
+                        + why_taken(gpu, address),
                     )
                 )
     return Plan("detach", " ".join(str(gpu.address) for gpu in wanted), tuple(actions))
@@ -121,7 +122,8 @@ def plan_attach(host: Host, *, gpus: Sequence[PciAddress], loans: Loans) -> Plan
                         before=device.binding.driver,
                         after=origin.binding.driver,
                         override=origin.binding.override,
-                        why=f"back to {origin.binding.driver or 'no driver'}, where it came from",
+                        why=f"{device.binding.driver or 'no driver'} → "
+                        f"{origin.binding.driver or 'no driver'}: where it came from",
                     )
                 )
     actions.extend(

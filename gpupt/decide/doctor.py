@@ -45,12 +45,13 @@ CHECKS: Mapping[str, Check] = {
     "lost-device": cards.lost_device,
     "sriov-active": cards.sriov_active,
 }
+IN_GUEST = "belongs to a guest: gpupt up looks at each node, gpupt render shows its domain"
 # What only shows when something is done, and who looks at it then.
 ELSEWHERE: Mapping[str, str] = {
     "bind-silent": "seen as a function is bound: detach and attach verify the driver link",
-    "guest-bar-window": "belongs to a guest: gpupt up looks at it in each node",
-    "slow-bar-map": "belongs to a guest: gpupt up says how long each node took",
-    "guest-topology": "belongs to a guest: gpupt render shows the domain",
+    "guest-bar-window": IN_GUEST,
+    "slow-bar-map": IN_GUEST,
+    "guest-topology": IN_GUEST,
 }
 ORDER = (Severity.FAIL, Severity.WARN, Severity.INFO)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gpupt.model.gpus import state_of
@@ -125,4 +125,29 @@ def doctor_json(diagnosis: Diagnosis) -> dict[str, Any]:
         "findings": [finding_json(finding) for finding in diagnosis.findings],
         "checked": list(diagnosis.checked),
         "skipped": [{"id": id, "why": why} for id, why in diagnosis.skipped.items()],
+    }
+
+
+def info_json(
+    gpu: Gpu,
+    *,
+    host: Host,
+    loans: Loans,
+    leaving: Sequence[PciAddress],
+    reasons: Sequence[Finding],
+) -> dict[str, Any]:
+    """``gpupt info --json``: the GPU as in ``list``, what leaves with it, and what forbids it."""
+    return {
+        "gpu": gpu_json(gpu, host=host, loans=loans),
+        "leaving": [
+            {
+                "address": str(device.address),
+                "id": str(device.id),
+                "class": f"{device.class_code:06x}",
+                "driver": device.binding.driver,
+                "iommu_group": device.iommu_group,
+            }
+            for device in (host.devices[address] for address in leaving)
+        ],
+        "refusals": [finding_json(reason) for reason in reasons],
     }

@@ -99,7 +99,8 @@ def gpu_row(gpu: Gpu, *, host: Host, loan: Loan | None) -> list[Cell]:
         notes.append(f"VF of {device.physfn}")
     if device.sriov_numvfs:
         notes.append(f"{device.sriov_numvfs} VFs")
-    name = device.name or ""
+    # The names of pci.ids, without what only lawyers read.
+    name = (device.name or "").replace(" Corporation", "").replace(", Inc.", "")
     return [
         Cell(str(device.address)),
         Cell(said, state.value),
@@ -242,8 +243,11 @@ def doctor_lines(host: Host, diagnosis: Diagnosis, *, colour: bool) -> list[str]
         + paint(said, "fail" if counts["fail"] else "host", colour=colour)
         + verdict
     )
+    reasons: dict[str, list[str]] = {}
+    for name, why in diagnosis.skipped.items():
+        reasons.setdefault(why, []).append(name)
     lines += [
-        paint(f"not checked: {name} ({why})", "dim", colour=colour)
-        for name, why in diagnosis.skipped.items()
+        paint(f"not checked: {', '.join(names)} ({why})", "dim", colour=colour)
+        for why, names in reasons.items()
     ]
     return lines
