@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import time
 import urllib.request
 from collections.abc import Iterator
 
-from pyspark import BarrierTaskContext, SparkConf
+from pyspark import BarrierTaskContext
 from pyspark.sql import SparkSession
 
 
-def workers(master: str) -> list[dict]:
-    """The living workers that the master of ``spark://HOST:7077`` knows."""
-    host = master.removeprefix("spark://").partition(":")[0]
+def workers(host: str) -> list[dict]:
+    """The living workers that the master on that host knows."""
     with urllib.request.urlopen(f"http://{host}:8080/json/", timeout=60) as answer:
         found = json.load(answer)["workers"]
     return [worker for worker in found if worker["state"] == "ALIVE"]
@@ -34,15 +34,25 @@ def report(_: Iterator[int]) -> Iterator[dict]:
 
 def main() -> None:
     start = time.monotonic()
-    living = workers(SparkConf().get("spark.master"))
+    living = workers(os.environ["GPUPT_FRONTEND"])
     gpus = sum(gpus_of(worker) for worker in living)
-    builder = SparkSession.builder.appName("gpu-addresses")
-    if gpus:
-        builder = builder.config("spark.executor.resource.gpu.amount", "1").config(
-            "spark.task.resource.gpu.amount", "1"
-        )
-    spark = builder.getOrCreate()
     tasks = gpus or len(living)
+    # An executor a GPU, so that each task has a GPU of its own; the number of cores that
+    # are asked for is what makes Spark wait for all executors before it starts.
+    shares = [worker["cores"] // max(1, gpus_of(worker)) for worker in living]
+    cores = max(1, min(shares, default=1))
+    settings = {
+        "spark.executor.cores": cores,
+        "spark.cores.max": cores * tasks,
+        "spark.task.cpus": cores,
+        "spark.scheduler.barrier.maxConcurrentTasksCheck.interval": "2s",
+    }
+    if gpus:
+        settings |= {"spark.executor.resource.gpu.amount": 1, "spark.task.resource.gpu.amount": 1}
+    builder = SparkSession.builder.appName("gpu-addresses")
+    for name, value in settings.items():
+        builder = builder.config(name, str(value))
+    spark = builder.getOrCreate()
     given = spark.sparkContext.parallelize(range(tasks), tasks).barrier().mapPartitions(report)
     found = sorted(given.collect(), key=lambda one: (one["host"], one["task"]))
     spark.stop()
