@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,8 +17,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.fixture
-def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+def golden(request: pytest.FixtureRequest) -> Iterator[Callable[[str, str], None]]:
     """Hold a text against the golden file of that name; a missing one fails."""
+    written = []
 
     def hold(name: str, text: str) -> None:
         file = GOLDEN / name
@@ -26,9 +27,11 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
             if not file.exists() or file.read_text() != text:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_text(text)
-                pytest.fail(f"{name} was written anew: look at the difference, and run again")
+                written.append(name)
             return
         assert file.exists(), f"no golden file {name}: pytest --regenerate writes it"
         assert text == file.read_text(), f"{name} differs: pytest --regenerate writes it anew"
 
-    return hold
+    yield hold
+    if written:
+        pytest.fail(f"written anew: {', '.join(written)}; look at the differences, and run again")

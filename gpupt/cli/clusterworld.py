@@ -15,7 +15,7 @@ from gpupt.cli.context import Settings
 from gpupt.cli.naming import read_aliases
 from gpupt.decide.allocation import allocate, assess_subnet
 from gpupt.decide.binding import Preflight
-from gpupt.decide.cluster import Surroundings
+from gpupt.decide.cluster import Surroundings, require_names, require_unchanged
 from gpupt.decide.layers import Stack, plan_stack
 from gpupt.decide.sizing import assess_size
 from gpupt.edges.bake import bake_image, check_machine, read_ground
@@ -85,6 +85,9 @@ def look_ahead(
 ) -> Outlook:
     """Decide the allocation and hold it against the machine; raises BadInput, Refused."""
     spec = read.spec
+    # Said first: what was changed in the file may be what else is wrong with it.
+    require_names(spec, around=around)
+    require_unchanged(spec, around=around)
     stack = stack_of(spec, rolls=read_rolls())
     routes = read_routes(settings.root)
     findings = []
