@@ -45,7 +45,6 @@ from gpupt.report.demo_json import (
 
 if TYPE_CHECKING:
     from gpupt.edges.specfile import SpecFile
-    from gpupt.lab.host import Lab
 
 SPEC_IN_HOST = "/root/cluster.yaml"
 # Under pure emulation on two busy cores; each is several times what was measured.
@@ -354,12 +353,13 @@ def run_demo(
     mirror: str | None,
 ) -> None:
     """Images, the emulated host, the story in it; the host is powered off whatever happens."""
+    from gpupt.cli.lab import boot_lab
     from gpupt.lab.host import find_lab, stop_lab
 
     with timeline.phase(
         "images", command="gpupt image build …", detail="rolls baked into bootable images"
     ):
-        digest = bake(settings, file, timeline, mirror=mirror)
+        host_image, image = bake(settings, file, timeline, mirror=mirror)
     left_over = find_lab(settings.state, name)
     if left_over is not None:
         stop_lab(left_over, narrate=timeline.say)
@@ -367,7 +367,13 @@ def run_demo(
         with timeline.phase(
             "boot", command="gpupt lab up", detail="a GPU host that does not exist"
         ):
-            lab = boot(settings, digest, timeline, name=name)
+            lab = boot_lab(
+                settings,
+                name=name,
+                images=(image,),
+                host_image=host_image,
+                narrate=lambda line: timeline.say(f"           {line}"),
+            )
             told.accelerator = lab.accelerator
         with lab.connect(deadline=60) as ssh:
             play(Inside(ssh, timeline.say), timeline, told, file.spec, text)
@@ -377,14 +383,17 @@ def run_demo(
                 stop_lab(started, narrate=timeline.say)
 
 
-def bake(settings: Settings, file: SpecFile, timeline: Timeline, *, mirror: str | None) -> str:
-    """Bake what is missing; returns the digest of the nodes' image."""
+def bake(
+    settings: Settings, file: SpecFile, timeline: Timeline, *, mirror: str | None
+) -> tuple[str, str]:
+    """Bake what is missing; returns the digests of the host's image and of the nodes'."""
     from gpupt.cli.clusterworld import ALWAYS
     from gpupt.decide.layers import plan_stack
     from gpupt.edges.bake import bake_image, read_ground
     from gpupt.edges.rolls import read_rolls
 
     known = read_rolls()
+    digests = []
     for rolls in (("gpupt",), (*file.spec.rolls, ALWAYS)):
         stack = plan_stack(rolls, known, ground=read_ground())
         bake_image(
@@ -395,14 +404,8 @@ def bake(settings: Settings, file: SpecFile, timeline: Timeline, *, mirror: str 
             narrate=lambda line: timeline.say(f"           {line}"),
             mirror=mirror,
         )
-    return stack.digest
-
-
-def boot(settings: Settings, digest: str, timeline: Timeline, *, name: str) -> Lab:
-    """Boot the emulated host with the nodes' image at hand."""
-    from gpupt.cli.lab import boot_lab
-
-    return boot_lab(settings, name=name, images=(digest,), narrate=timeline.say)
+        digests.append(stack.digest)
+    return digests[0], digests[1]
 
 
 def write_report(summary: DemoSummary, folder: Path) -> Path:
