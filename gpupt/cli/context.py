@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -57,6 +56,8 @@ class Settings:
 
     def emit(self, data: Mapping[str, Any]) -> None:
         """Print one JSON object with the schema's number in it."""
+        import json
+
         click.echo(json.dumps({"schema": 1, **data}, indent=2, sort_keys=False))
 
     def say(self, line: str) -> None:

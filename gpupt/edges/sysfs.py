@@ -7,7 +7,6 @@ What is absent is None; what is denied is named in ``Host.unreadable``.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,9 +34,8 @@ RESOURCE_ROWS_OF_BARS = 6
 def read_host(root: Path, *, whole: bool = False) -> Host:
     """The PCI functions of the machine whose ``sys`` and ``proc`` are under ``root``.
 
-    Functions of GPUs' slots and groups are read in full; with ``whole`` all of them are,
-    and the devices that the host cannot do without are found too.  Raises BadInput when
-    the tree has no PCI bus.
+    GPUs are read in full; with ``whole`` every function is, and the devices that the host
+    cannot do without are found too.  Raises BadInput when the tree has no PCI bus.
     """
     reader = Reader(root)
     devices = reader.devices()
@@ -45,9 +43,9 @@ def read_host(root: Path, *, whole: bool = False) -> Host:
     for device in devices.values():
         if device.iommu_group is not None:
             members.setdefault(device.iommu_group, []).append(device.address)
-    close = devices.keys() if whole else near_gpus(devices, members)
-    for address in close:
-        devices[address] = reader.in_full(devices[address])
+    for address, device in devices.items():
+        if whole or is_gpu_class(device.class_code, vendor=device.id.vendor):
+            devices[address] = reader.in_full(device)
     gpus = find_gpus(devices)
     with_gpu = {gpu.device.iommu_group for gpu in gpus}
     groups = {
@@ -75,19 +73,6 @@ def read_critical(reader: Reader) -> tuple[Critical, ...]:
     from gpupt.edges.critical import find_critical
 
     return find_critical(reader)
-
-
-def near_gpus(
-    devices: Mapping[PciAddress, PciDevice], members: Mapping[int, list[PciAddress]]
-) -> set[PciAddress]:
-    """Functions that share a slot or a group with a GPU."""
-    gpus = [d for d in devices.values() if is_gpu_class(d.class_code, vendor=d.id.vendor)]
-    slots = {device.address.slot for device in gpus}
-    near = {address for address in devices if address.slot in slots}
-    for group in {devices[address].iommu_group for address in near}:
-        if group is not None:
-            near.update(members[group])
-    return near
 
 
 class Reader:
@@ -172,18 +157,22 @@ class Reader:
             vendor, _, device = facts[b"PCI_ID"].partition(b":")
             identifier = PciId(int(vendor, 16), int(device, 16))
             class_code = int(facts[b"PCI_CLASS"], 16)
+            vendor, _, device = facts[b"PCI_SUBSYS_ID"].partition(b":")
+            subsystem: PciId | None = PciId(int(vendor, 16), int(device, 16))
         except (KeyError, ValueError):
             numbers = [self.number(f"{folder}/{name}") for name in ("vendor", "device", "class")]
             if None in numbers:
                 return None
             identifier = PciId(numbers[0] or 0, numbers[1] or 0)
             class_code = numbers[2] or 0
+            subsystem = self.subsystem(folder)
         group = self.link(f"{folder}/iommu_group")
         return PciDevice(
             address=address,
             id=identifier,
             class_code=class_code,
             binding=DriverBinding(self.link(f"{folder}/driver"), None),
+            subsystem=subsystem,
             iommu_group=int(group) if group is not None and group.isdigit() else None,
             # PCI-to-PCI and semi-transparent bridges; host and ISA bridges are endpoints.
             is_bridge=class_code >> 8 in {0x0604, 0x0609},
@@ -195,15 +184,11 @@ class Reader:
         numa = self.number(f"{folder}/numa_node", base=10)
         boot_vga = self.number(f"{folder}/boot_vga", base=10)
         d3cold = self.number(f"{folder}/d3cold_allowed", base=10)
-        vendor = self.number(f"{folder}/subsystem_vendor")
-        subsystem = self.number(f"{folder}/subsystem_device")
         resets = self.text(f"{folder}/reset_method")
         physfn = self.link(f"{folder}/physfn")
-        known = vendor is not None and subsystem is not None
         return replace(
             device,
             binding=DriverBinding(device.binding.driver, self.override(device.address)),
-            subsystem=PciId(vendor or 0, subsystem or 0) if known else None,
             revision=self.number(f"{folder}/revision"),
             numa_node=None if numa is None or numa < 0 else numa,
             boot_vga=None if boot_vga is None else bool(boot_vga),
@@ -220,6 +205,12 @@ class Reader:
             d3cold_allowed=None if d3cold is None else bool(d3cold),
             lost=self.lost(folder),
         )
+
+    def subsystem(self, folder: str) -> PciId | None:
+        """The subsystem's ids from their own files."""
+        vendor = self.number(f"{folder}/subsystem_vendor")
+        device = self.number(f"{folder}/subsystem_device")
+        return None if vendor is None or device is None else PciId(vendor, device)
 
     def override(self, address: PciAddress) -> str | None:
         """The driver_override, None where none is set (the kernel's text ``(null)``)."""
