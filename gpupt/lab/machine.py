@@ -60,7 +60,7 @@ def qemu_arguments(machine: Machine) -> list[str]:
     words = ["-name", f"gpupt-lab-{machine.name}", "-nodefaults", "-no-user-config"]
     words += ["-machine", "q35" + (",kernel-irqchip=split" if kvm else "")]
     words += ["-accel", "kvm" if kvm else "tcg,thread=multi"]
-    words += ["-cpu", "host" if kvm else "max", "-smp", str(machine.cpus)]
+    words += ["-cpu", "host" if kvm else "max,erms=off,fsrm=off", "-smp", str(machine.cpus)]
     words += ["-m", f"{machine.memory >> 20}M", "-display", "none"]
     words += ["-device", "intel-iommu,intremap=on,caching-mode=on"]
     words += ["-kernel", str(machine.image.kernel), "-initrd", str(machine.image.initrd)]
