@@ -233,7 +233,11 @@ def measures(found: ClassifierResult) -> tuple[Measure, ...]:
     """Accuracy with its 95 % interval, kappa, and what they are to be held against."""
     return (
         Measure(
-            "accuracy", found.accuracy, percent(found.accuracy, found.applied_to), "", main=True
+            "accuracy",
+            found.accuracy,
+            percent(found.accuracy, found.applied_to),
+            "with its 95 % interval",
+            main=True,
         ),
         Measure(
             "majority class",

@@ -175,6 +175,7 @@ def test_a_demo_that_failed_says_where_and_what_is_left() -> None:
     assert "Stopped in the phase “up”" in page
     assert "gpu-2 did not answer" in page
     assert "no driver" in page
+    assert '<li class="bad">not restored</li>' in page
 
 
 def test_text_from_outside_is_escaped() -> None:
@@ -189,8 +190,16 @@ def test_a_page_of_nothing_is_still_a_page() -> None:
         spark=None, classifier=None, seconds=0.0,
     )  # fmt: skip
     tags = Tags()
-    tags.feed(render_demo_page(empty))
+    page = render_demo_page(empty)
+    tags.feed(page)
     assert tags.wrong == []
+    assert "stopped before there was a host" in page
+
+
+def test_a_demo_that_failed_proves_nothing() -> None:
+    assert "Shown here, for real" in render_demo_page(SUMMARY)
+    page = render_demo_page(replace(SUMMARY, ok=False, failure="it broke"))
+    assert "Shown here, for real" not in page
 
 
 def test_a_group_with_several_holders_is_drawn_so() -> None:
