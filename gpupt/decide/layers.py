@@ -66,6 +66,20 @@ def plan_stack(wanted: Iterable[str], rolls: Mapping[str, Roll], *, ground: Grou
     return Stack(tuple(layers), short_digest("image", str(BAKE_FORMAT), below or ""))
 
 
+def current_digests(
+    sets: Iterable[Iterable[str]], rolls: Mapping[str, Roll], *, ground: Ground
+) -> frozenset[str]:
+    """Digests, of images and layers, that today's rolls lead to: for each given set of
+    rolls and for each roll alone.  A set with a roll that is gone leads to nothing."""
+    found: set[str] = set()
+    for wanted in (*(tuple(one) for one in sets), *((name,) for name in rolls)):
+        if all(name in rolls for name in wanted):
+            stack = plan_stack(wanted, rolls, ground=ground)
+            found.add(stack.digest)
+            found.update(layer.digest for layer in stack.layers)
+    return frozenset(found)
+
+
 def short_digest(*parts: str) -> str:
     """The first 64 bits of the SHA-256 over the parts, each with its length, in hex."""
     total = hashlib.sha256()

@@ -14,9 +14,16 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from gpupt.edges.bakery import SAY, WRONG, Order
-from gpupt.edges.images import find_image, images_folder, layers_folder, write_image
+from gpupt.edges.images import (
+    find_image,
+    images_folder,
+    layer_trees,
+    layers_folder,
+    write_image,
+)
 from gpupt.edges.process import run, stream
 from gpupt.edges.resources import resource_folder
+from gpupt.edges.rolls import folder_digest
 from gpupt.edges.sources import SUITE, Sources, architecture, read_sources
 from gpupt.edges.wheel import pack_wheel, source_digest
 from gpupt.errors import DeadlineExceeded, Failed, Refused
@@ -55,24 +62,24 @@ def bake_image(
         found = find_image(state, digest)  # another gpupt may have baked it while we waited
         if found is not None:
             return found
-        _remove_halves(state)
-        trees: list[Path] = []
-        sources = read_sources(mirror=mirror)
-        for layer in layers:
-            tree = layers_folder(state) / layer.digest / "root"
-            if tree.is_dir():
-                narrate(f"{layer.roll}: layer {layer.digest} is there")
-            else:
-                _bake_layer(
-                    layer,
-                    rolls[layer.roll],
-                    below=tuple(trees),
-                    state=state,
-                    sources=sources,
-                    narrate=narrate,
-                )
-            trees.insert(0, tree)
-        return _bake_disk(digest, layers, tuple(trees), state=state, narrate=narrate)
+        _bake_missing(layers, rolls=rolls, state=state, narrate=narrate, mirror=mirror)
+        trees = layer_trees(state, layers)
+        return _bake_disk(digest, layers, trees, state=state, narrate=narrate)
+
+
+def bake_layers(
+    layers: tuple[Layer, ...],
+    *,
+    rolls: Mapping[str, Roll],
+    state: Path,
+    narrate: Narrate,
+    mirror: str | None = None,
+) -> tuple[str, ...]:
+    """Bake those of the layers that are not there; returns their rolls.  Raises as
+    ``bake_image`` does."""
+    check_machine()
+    with baking(state, narrate):
+        return _bake_missing(layers, rolls=rolls, state=state, narrate=narrate, mirror=mirror)
 
 
 def read_ground() -> Ground:
@@ -90,6 +97,17 @@ def check_machine() -> None:
             "programs that baking needs are missing",
             details=", ".join(missing),
             remedy=f"apt-get install {' '.join(missing)}",
+        )
+
+
+def check_unchanged(roll: Roll, folder: Path) -> None:
+    """Raise Failed when a roll's files are no longer those its digest was made from: the
+    layer baked meanwhile would bear a wrong name."""
+    if folder_digest(folder) != roll.digest:
+        raise Failed(
+            f"the roll {roll.name} was changed while it was being baked",
+            details=f"in {folder}",
+            remedy="build the image again",
         )
 
 
@@ -141,6 +159,37 @@ def baking(state: Path, narrate: Narrate, *, patience: float = _DEADLINE) -> Ite
         yield
 
 
+def _bake_missing(
+    layers: tuple[Layer, ...],
+    *,
+    rolls: Mapping[str, Roll],
+    state: Path,
+    narrate: Narrate,
+    mirror: str | None,
+) -> tuple[str, ...]:
+    _remove_halves(state)
+    sources: Sources | None = None
+    trees: list[Path] = []
+    baked = []
+    for layer in layers:
+        tree = layers_folder(state) / layer.digest / "root"
+        if tree.is_dir():
+            narrate(f"{layer.roll}: layer {layer.digest} is there")
+        else:
+            sources = sources or read_sources(mirror=mirror)
+            _bake_layer(
+                layer,
+                rolls[layer.roll],
+                below=tuple(trees),
+                state=state,
+                sources=sources,
+                narrate=narrate,
+            )
+            baked.append(layer.roll)
+        trees.insert(0, tree)
+    return tuple(baked)
+
+
 def _bake_layer(
     layer: Layer,
     roll: Roll,
@@ -177,6 +226,7 @@ def _bake_layer(
             wheel=wheel,
         )
         _work(order, environment=sources.environment, narrate=narrate)
+        check_unchanged(roll, Path(order.rolls_folder) / roll.name)
     narrate(f"{roll.name}: layer {layer.digest} baked in {time.monotonic() - start:.1f} s")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
@@ -109,10 +108,3 @@ def image_size(image: Image) -> int:
     """Bytes the image takes on the disk: its disk, kernel and initrd; 0 for a block device."""
     files = (Path(image.disk), Path(image.kernel), Path(image.initrd))
     return sum(file.stat().st_blocks * 512 for file in files if file.is_file())
-
-
-def remove_image(state: Path, digest: str) -> None:
-    """Remove an image's folder, its record first, so that half an image is never found."""
-    folder = images_folder(state) / digest
-    (folder / RECORD).unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)

@@ -61,6 +61,47 @@ def read_roll(folder: Path) -> Roll:
     )
 
 
+def verify_roll(roll: Roll, folder: Path | None = None) -> tuple[str, ...]:
+    """What was checked of a roll beyond reading it, a phrase each; raises BadInput.
+
+    ``folder`` holds the rolls (by default this installation's).
+    """
+    home = (folder or resource_folder("rolls")) / roll.name
+    facts = [f"{len(files_of(home))} files"]
+    if roll.lock:
+        facts.append(f"{check_lock(home / roll.lock)} Python distributions locked with hashes")
+    if (home / "tasks").is_dir():
+        tasks = home / "tasks/main.yml"
+        if tasks.is_file():
+            count = sum(1 for _ in read_yaml(tasks).items())
+            facts.append(f"{count} tasks")
+    return tuple(facts)
+
+
+def check_lock(path: Path) -> int:
+    """How many distributions a lock pins; raises BadInput where one has no version or no
+    hash, and for an option such as an index's address, which belongs to the machine."""
+    text = path.read_text(encoding="utf-8").replace("\\\n", " ")
+    pinned = 0
+    for line in text.splitlines():
+        words = line.partition("#")[0].split()
+        if not words:
+            continue
+        if words[0].startswith("-"):
+            raise BadInput(
+                f"the lock {path} holds an option: {words[0]}",
+                remedy="package sources are the machine's own, never a roll's",
+            )
+        if "==" not in words[0] or not any(word.startswith("--hash=") for word in words[1:]):
+            raise BadInput(
+                f"the lock {path} does not pin {words[0]}",
+                details="expected NAME==VERSION --hash=sha256:…",
+                remedy="make it with: uv pip compile --generate-hashes",
+            )
+        pinned += 1
+    return pinned
+
+
 def files_of(folder: Path) -> list[Path]:
     """Every file of a folder but caches, sorted by its path."""
     return sorted(
