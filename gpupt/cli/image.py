@@ -54,9 +54,8 @@ def build(settings: Settings, *, rolls: tuple[str, ...], mirror: str | None) -> 
         settings.emit({"image": _as_json(made), "built": not was_there})
         return
     settings.say("nothing to do: the image is there" if was_there else "the image is built")
-    click.echo(
-        f"{made.digest}  {image_size(made) >> 20} MiB  {'+'.join(made.rolls)}  {Path(made.disk).parent}"
-    )
+    size, names = image_size(made) >> 20, "+".join(made.rolls)
+    click.echo(f"{made.digest}  {size} MiB  {names}  {Path(made.disk).parent}")
 
 
 @image.command("list")
