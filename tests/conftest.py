@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -35,3 +37,14 @@ def golden(request: pytest.FixtureRequest) -> Iterator[Callable[[str, str], None
     yield hold
     if written:
         pytest.fail(f"written anew: {', '.join(written)}; look at the differences, and run again")
+
+
+@pytest.fixture
+def quick_path(tmp_path: Path) -> Iterator[Path]:
+    """A folder in memory where there is one: for tests that put hundreds of entries on disk."""
+    shared = Path("/dev/shm")
+    if not os.access(shared, os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(prefix="gpupt-test-", dir=shared) as folder:
+        yield Path(folder)

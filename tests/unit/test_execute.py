@@ -40,13 +40,13 @@ def attach(kernel: FakeKernel, journal: Journal, *gpus: PciAddress) -> Plan:
 
 
 @pytest.fixture
-def kernel(tmp_path: Path) -> FakeKernel:
-    return emulated_host(tmp_path / "machine")
+def kernel(quick_path: Path) -> FakeKernel:
+    return emulated_host(quick_path / "machine")
 
 
 @pytest.fixture
-def journal(tmp_path: Path) -> Journal:
-    return Journal(tmp_path / "state")
+def journal(quick_path: Path) -> Journal:
+    return Journal(quick_path / "state")
 
 
 def test_there_and_back(kernel: FakeKernel, journal: Journal) -> None:
@@ -82,9 +82,9 @@ def test_override_stands_before_unbind_and_probe(kernel: FakeKernel, journal: Jo
 
 
 def test_the_recorded_driver_returns_though_another_wants_it(
-    tmp_path: Path, journal: Journal
+    quick_path: Path, journal: Journal
 ) -> None:
-    kernel = laptop(tmp_path / "laptop")
+    kernel = laptop(quick_path / "laptop")
     before = kernel.tree()
     gpu = PciAddress.parse("01:00.0")
     detach(kernel, journal, gpu)

@@ -77,9 +77,9 @@ def recover_all(kernel: FakeKernel, state: Path) -> None:
 
 
 @pytest.mark.parametrize("machine", ["emulated_host", "laptop"])
-def test_killed_at_every_boundary(tmp_path: Path, machine: str) -> None:
-    kernel = MACHINES[machine](tmp_path / "machine")
-    state = tmp_path / "state"
+def test_killed_at_every_boundary(quick_path: Path, machine: str) -> None:
+    kernel = MACHINES[machine](quick_path / "machine")
+    state = quick_path / "state"
     at_home = kernel.tree()
     plan = decide_detach(kernel, state)
     boundaries = len(plan.actions) * len(POINTS)
@@ -104,9 +104,9 @@ def test_killed_at_every_boundary(tmp_path: Path, machine: str) -> None:
 
 @pytest.mark.parametrize("effect", ["kill-before", "kill-after"])
 @pytest.mark.parametrize("operation", ["driver_override", "unbind", "drivers_probe"])
-def test_killed_at_every_write(tmp_path: Path, operation: str, effect: str) -> None:
-    kernel = emulated_host(tmp_path / "machine")
-    state = tmp_path / "state"
+def test_killed_at_every_write(quick_path: Path, operation: str, effect: str) -> None:
+    kernel = emulated_host(quick_path / "machine")
+    state = quick_path / "state"
     at_home = kernel.tree()
     for address in ("0000:02:00.0", "0000:02:00.1"):
         kernel.faults = [Fault(operation, address, effect)]
@@ -124,9 +124,9 @@ def test_killed_at_every_write(tmp_path: Path, operation: str, effect: str) -> N
         assert read_ledger(state).loans == {}
 
 
-def test_recover_may_be_killed_too(tmp_path: Path) -> None:
-    kernel = emulated_host(tmp_path / "machine")
-    state = tmp_path / "state"
+def test_recover_may_be_killed_too(quick_path: Path) -> None:
+    kernel = emulated_host(quick_path / "machine")
+    state = quick_path / "state"
     at_home = kernel.tree()
     plan = decide_detach(kernel, state)
     assert run_and_die(kernel, state, plan, at=len(plan.actions) * len(POINTS) - 2)
@@ -139,9 +139,9 @@ def test_recover_may_be_killed_too(tmp_path: Path) -> None:
     assert read_ledger(state).loans == {}
 
 
-def test_another_card_at_the_address_is_left_alone(tmp_path: Path) -> None:
-    kernel = emulated_host(tmp_path / "machine")
-    state = tmp_path / "state"
+def test_another_card_at_the_address_is_left_alone(quick_path: Path) -> None:
+    kernel = emulated_host(quick_path / "machine")
+    state = quick_path / "state"
     plan = decide_detach(kernel, state)
     assert run_and_die(kernel, state, plan, at=len(plan.actions) * len(POINTS) - 2)
     # The host boots again, and a network card has the address that the GPU had.
@@ -155,9 +155,9 @@ def test_another_card_at_the_address_is_left_alone(tmp_path: Path) -> None:
     assert read_ledger(state).loans == {}
 
 
-def test_a_card_that_is_gone_does_not_keep_recover_from_ending(tmp_path: Path) -> None:
-    kernel = emulated_host(tmp_path / "machine")
-    state = tmp_path / "state"
+def test_a_card_that_is_gone_does_not_keep_recover_from_ending(quick_path: Path) -> None:
+    kernel = emulated_host(quick_path / "machine")
+    state = quick_path / "state"
     plan = decide_detach(kernel, state)
     assert run_and_die(kernel, state, plan, at=len(plan.actions) * len(POINTS) - 2)
     (kernel.root / "sys/bus/pci/devices/0000:02:00.1").unlink()
@@ -166,8 +166,8 @@ def test_a_card_that_is_gone_does_not_keep_recover_from_ending(tmp_path: Path) -
     assert read_ledger(state).loans == {}
 
 
-def test_orphan_overrides_are_cleared(tmp_path: Path) -> None:
-    kernel = emulated_host(tmp_path / "machine")
+def test_orphan_overrides_are_cleared(quick_path: Path) -> None:
+    kernel = emulated_host(quick_path / "machine")
     at_home = kernel.tree()
     sound, gpu = PciAddress.parse("02:00.1"), PciAddress.parse("02:00.0")
     kernel.set_override(sound, "vfio-pci")
@@ -175,7 +175,7 @@ def test_orphan_overrides_are_cleared(tmp_path: Path) -> None:
     kernel.unbind(gpu, "bochs-drm")
     kernel.probe(gpu)
     assert kernel.binding(gpu) == DriverBinding("vfio-pci", "vfio-pci")
-    state = tmp_path / "state"
+    state = quick_path / "state"
     plan = plan_release(read_host(kernel.root, whole=True), ledger=read_ledger(state), holders={})
     assert [action.why for action in plan.actions]
     with Journal(state) as journal:
