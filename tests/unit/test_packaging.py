@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import configparser
 from pathlib import Path
+from typing import get_args
 
 from gpupt.edges import resources
 
 HERE = Path(__file__).resolve().parents[2]
-BESIDE = ("rolls", "playbooks", "templates", "examples")
+BESIDE: tuple[resources.Kind, ...] = get_args(resources.Kind)
 
 
 def metadata() -> configparser.ConfigParser:
