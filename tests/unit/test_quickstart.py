@@ -112,7 +112,9 @@ def test_help_says_what_it_does(machine: Machine) -> None:
     assert machine.said == []
 
 
-@pytest.mark.parametrize("arguments", [("nonsense",), ("demo",), ("--report",), ("--mirror",), ("--spec",)])
+@pytest.mark.parametrize(
+    "arguments", [("nonsense",), ("demo",), ("--report",), ("--mirror",), ("--spec",)]
+)
 def test_bad_usage_touches_nothing(machine: Machine, arguments: tuple[str, ...]) -> None:
     done = machine.quickstart(*arguments)
     assert (done.returncode, machine.said) == (2, [])
