@@ -112,7 +112,12 @@ ExecStart=/bin/sh %d/gpupt.lab.setup
 
 def setup_script(machine: Machine) -> str:
     """What that unit runs: the images' mount, nested KVM, the host drivers of every card."""
-    lines = ["set -eu", f"mkdir -p {IMAGES}", _mount("images", IMAGES, "ro")]
+    lines = [
+        "set -eu",
+        "modprobe 9pnet_virtio",
+        f"mkdir -p {IMAGES}",
+        _mount("images", IMAGES, "ro"),
+    ]
     if machine.share is not None:
         lines += [f"mkdir -p {SHARE}", _mount("share", SHARE, "rw")]
     lines += [
@@ -125,8 +130,10 @@ def setup_script(machine: Machine) -> str:
 
 
 def _mount(tag: str, where: str, mode: str) -> str:
+    """Mount a folder of the machine outside; its device may come after this unit does."""
     options = f"trans=virtio,version=9p2000.L,msize=262144,{mode}"
-    return shlex.join(["mount", "-t", "9p", "-o", options, tag, where])
+    mount = shlex.join(["mount", "-t", "9p", "-o", options, tag, where])
+    return f"tries=0; until {mount}; do tries=$((tries+1)); test $tries -lt 120; sleep 0.5; done"
 
 
 def _disk(name: str, path: Path, *, form: str, options: str, serial: str = "") -> list[str]:
