@@ -55,6 +55,18 @@ def assess_lending(
         lent = list(standing_loan(host, gpu, loan))
         if lent or all(device.binding.driver == VFIO for device in functions):
             return tuple(lent)
+        recorded = {origin.address for each in loans.values() for origin in each.origins}
+        unknown = [d for d in functions if d.address not in recorded and d.binding.driver != VFIO]
+        if unknown:
+            return (
+                refusal(
+                    "group-not-viable",
+                    gpu,
+                    "its group is not the one that was detached",
+                    *(f"{d.address} ({d.binding.driver or 'no driver'}) is new" for d in unknown),
+                    remedy=f"gpupt attach {gpu.address}, then detach it again",
+                ),
+            )
     return (
         *about_card(gpu, functions, boot_gpu=preflight.boot_gpu),
         *about_group(host, gpu, functions, loans=loans),
