@@ -32,7 +32,7 @@ from gpupt.edges.kernel import Kernel
 from gpupt.edges.rolls import read_rolls
 from gpupt.edges.specfile import SpecFile, read_specfile
 from gpupt.edges.sysfs import read_host
-from gpupt.errors import Failed
+from gpupt.errors import Failed, Refused
 from gpupt.model.cluster import Allocation
 from gpupt.model.host import Finding, Loan
 from gpupt.model.pci import PciAddress
@@ -255,12 +255,14 @@ def decide_up(
     ledger: Ledger | None = None,
 ) -> tuple[Plan, Outlook, tuple[Finding, ...]]:
     """The plan of `up` from what is there now; raises BadInput, Refused."""
+    ledger = ledger or read_ledger(settings.state)
+    require_finished(ledger)
     host = read_host(settings.root, whole=True)
     around = look_around(
         settings,
         read.spec.name,
         hypervisor=hypervisor,
-        ledger=ledger or read_ledger(settings.state),
+        ledger=ledger,
         host=host,
         preflight=read_preflight(settings, host, boot_gpu=False),
     )
@@ -282,17 +284,33 @@ def decide_down(
     keep_detached: bool,
     ledger: Ledger | None = None,
 ) -> tuple[Plan, Surroundings, tuple[Finding, ...]]:
-    """The plan of `down` from what is there now."""
+    """The plan of `down` from what is there now; raises Refused."""
+    ledger = ledger or read_ledger(settings.state)
+    require_finished(ledger)
     host = read_host(settings.root, whole=True)
     around = look_around(
         settings,
         name,
         hypervisor=hypervisor,
-        ledger=ledger or read_ledger(settings.state),
+        ledger=ledger,
         host=host,
     )
     decided, findings = plan_down(name, around=around, keep_detached=keep_detached)
     return decided, around, findings
+
+
+def require_finished(ledger: Ledger) -> None:
+    """Raise Refused while another run is at work, or one was cut short and not recovered."""
+    for run in ledger.unfinished:
+        if Path(f"/proc/{run.pid}").exists():
+            raise Refused(
+                f"{run.plan.verb} {run.plan.subject} is at work (PID {run.pid})",
+                remedy="wait until it ends; if that PID is no gpupt, gpupt recover",
+            )
+        raise Refused(
+            f"an earlier {run.plan.verb} of {run.plan.subject} was cut short (PID {run.pid})",
+            remedy="gpupt recover",
+        )
 
 
 @contextmanager

@@ -255,7 +255,7 @@ class Hypervisor:
                 error.get_error_code() == libvirt.VIR_ERR_OPERATION_INVALID
                 and "not running" in str(error)
             ):
-                raise Absent(f"libvirt has nothing to {what}", details=str(error)) from None
+                raise Absent(f"libvirt could not {what}", details=_lines(str(error))) from None
             raise Failed(f"libvirt could not {what}", details=_lines(str(error))) from None
 
 
