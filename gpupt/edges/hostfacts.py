@@ -42,6 +42,8 @@ def read_facts(
     aliases = reader.whole(f"lib/modules/{release}/modules.alias")
     if not aliases:
         skipped["wrong-vfio-flavour"] = "the running kernel's modules.alias is not readable"
+    if host.gpus and all(gpu.device.reset_methods is None for gpu in host.gpus):
+        skipped["no-reset"] = "this kernel has no reset_method files (before 5.15)"
     if not (root / "proc/1").exists():
         for name in ("device-held", "iommufd-busy", "unbind-stuck"):
             skipped[name] = "no processes under this root"

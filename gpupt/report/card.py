@@ -61,7 +61,7 @@ def info_lines(
     ]
     lines = [f"{paint(str(gpu.address), 'head', colour=colour)}  {title}"]
     lines += [f"  {name:<13} {value}".rstrip() for name, value in facts if value not in {"–", ""}]
-    lines += ["", "leaves the host with it:" if len(leaving) > 1 else "leaves the host alone:"]
+    lines += ["", "leave the host together:" if len(leaving) > 1 else "leaves the host by itself:"]
     lines += [
         f"  {line}"
         for line in leaving_table(gpu, host=host, leaving=leaving, names=names, colour=colour)

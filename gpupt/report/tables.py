@@ -236,12 +236,10 @@ def doctor_lines(host: Host, diagnosis: Diagnosis, *, colour: bool) -> list[str]
         lines.append("")
     counts = Counter(finding.severity.value for finding in diagnosis.findings)
     said = ", ".join(f"{count} {name}" for name, count in counts.items()) or "nothing found"
-    verdict = "" if diagnosis.healthy else " — not ready to lend every GPU"
     lines.append(
-        f"GPUs: {len(host.gpus)}, IOMMU groups: {len(host.groups)}, "
-        f"checks: {len(diagnosis.checked)}: "
+        f"{len(diagnosis.checked)} checks of {plural(len(host.gpus), 'GPU')} in "
+        f"{plural(len(host.groups), 'IOMMU group')}: "
         + paint(said, "fail" if counts["fail"] else "host", colour=colour)
-        + verdict
     )
     reasons: dict[str, list[str]] = {}
     for name, why in diagnosis.skipped.items():
@@ -251,3 +249,8 @@ def doctor_lines(host: Host, diagnosis: Diagnosis, *, colour: bool) -> list[str]
         for why, names in reasons.items()
     ]
     return lines
+
+
+def plural(count: int, noun: str) -> str:
+    """``1 GPU``, ``2 GPUs``."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
