@@ -205,6 +205,7 @@ def start_node(action: StartNode, ours: ClusterWorld) -> None:
     if found is not None and found.running:
         return
     ours.started[node.name] = time.monotonic()
+    ours.numa_nodes = ours.hypervisor.capacity().numa_nodes
     folder.make_disk(node.name, image=image, size=node.disk)
     folder.make_log_folder()
     view = node_view(record.allocation, action.placement, image=image, ours=ours)

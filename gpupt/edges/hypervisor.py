@@ -80,16 +80,16 @@ class Hypervisor:
     def capacity(self) -> Capacity:
         """The machine's CPUs and memory."""
         info = self._call("read the machine's size", self._connection.getInfo)
-        memory = int(info[1]) << 20
+        cpus, memory, numa_nodes = int(info[2]), int(info[1]) << 20, int(info[4])
         try:
             stats = self._call(
                 "read the machine's memory", lambda: self._connection.getMemoryStats(-1, 0)
             )
         except Failed:
             # The test driver has no statistics.
-            return Capacity(cpus=int(info[2]), memory=memory, available=memory)
+            return Capacity(cpus, memory, available=memory, numa_nodes=numa_nodes)
         free = sum(int(stats.get(name, 0)) for name in ("free", "buffers", "cached"))
-        return Capacity(cpus=int(info[2]), memory=memory, available=min(free << 10, memory))
+        return Capacity(cpus, memory, available=min(free << 10, memory), numa_nodes=numa_nodes)
 
     def domains(self) -> tuple[Domain, ...]:
         """Every domain, running or not, by name."""

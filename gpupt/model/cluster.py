@@ -147,3 +147,4 @@ class Capacity:
     cpus: int
     memory: int
     available: int
+    numa_nodes: int = 1
