@@ -21,7 +21,7 @@ import click
 
 from gpupt import __version__
 from gpupt.cli.context import Settings, common
-from gpupt.errors import Failed, GpuptError
+from gpupt.errors import Failed, GpuptError, Refused
 from gpupt.lab.story import Facts, Inside, Timeline, picture
 from gpupt.model.cluster import ClusterSpec
 from gpupt.model.demo import (
@@ -47,6 +47,9 @@ if TYPE_CHECKING:
     from gpupt.edges.specfile import SpecFile
 
 SPEC_IN_HOST = "/root/cluster.yaml"
+GIB = 1 << 30
+HOST_MEMORY = 2 * GIB  # what the emulated host keeps for itself: kernel, libvirt, page cache
+EMULATOR_MEMORY = GIB  # QEMU's own, translated code above all
 # Under pure emulation on two busy cores; each is several times what was measured.
 DEADLINE = {"doctor": 180, "list": 60, "detach": 120, "up": 1500, "job": 1500, "down": 300}
 
@@ -356,6 +359,7 @@ def run_demo(
     from gpupt.cli.lab import boot_lab
     from gpupt.lab.host import find_lab, stop_lab
 
+    require_memory(file.spec)
     with timeline.phase(
         "images", command="gpupt image build …", detail="rolls baked into bootable images"
     ):
@@ -372,6 +376,7 @@ def run_demo(
                 name=name,
                 images=(image,),
                 host_image=host_image,
+                memory=memory_for(file.spec),
                 narrate=lambda line: timeline.say(f"           {line}"),
             )
             told.accelerator = lab.accelerator

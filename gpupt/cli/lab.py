@@ -245,11 +245,19 @@ def parse_size(text: str) -> int:
 
 def default_memory() -> int:
     """Half of what the machine has free, 4 to 16 GiB, in bytes."""
-    free = 8 << 30
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            free = int(line.split()[1]) << 10
+    free = available_memory() or 8 << 30
     return max(4 << 30, min(16 << 30, free // 2 >> 20 << 20))
+
+
+def available_memory() -> int | None:
+    """Bytes that programs may still take; None where the kernel does not say."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) << 10
+    except OSError:
+        pass
+    return None
 
 
 def _host_image(settings: Settings, digest: str | None) -> tuple[Image, tuple[Path, ...]]:
