@@ -388,6 +388,24 @@ def run_demo(
                 stop_lab(started, narrate=timeline.say)
 
 
+def memory_for(spec: ClusterSpec) -> int:
+    """Bytes that the emulated host needs: its nodes' and its own."""
+    return sum(node.memory for node in spec.nodes) + HOST_MEMORY
+
+
+def require_memory(spec: ClusterSpec) -> None:
+    """Raises Refused before anything is built when the emulated host would not fit."""
+    from gpupt.cli.lab import available_memory
+
+    needed, there = memory_for(spec) + EMULATOR_MEMORY, available_memory()
+    if there is not None and there < needed:
+        raise Refused(
+            f"the emulated host needs {needed / GIB:.1f} GiB of memory, "
+            f"and {there / GIB:.1f} GiB are available",
+            remedy="free memory, or give a smaller cluster with --spec FILE",
+        )
+
+
 def bake(
     settings: Settings, file: SpecFile, timeline: Timeline, *, mirror: str | None
 ) -> tuple[str, str]:
