@@ -127,11 +127,15 @@ class StartNode:
 
 @dataclass(frozen=True, slots=True)
 class StopNode:
-    """Shut the node's domain down, by force after a deadline, and remove its overlay."""
+    """Shut the node's domain down, by force after a deadline, and remove its overlay.
+
+    ``together`` names nodes that are asked to power off at the same time; each is waited
+    for by a StopNode of its own."""
 
     cluster: str
     node: str
     why: str
+    together: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

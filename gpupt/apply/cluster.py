@@ -43,7 +43,7 @@ from gpupt.edges.hypervisor import Hypervisor
 from gpupt.edges.images import find_image
 from gpupt.edges.templates import render_view
 from gpupt.errors import DeadlineExceeded, Failed, GpuptError
-from gpupt.model.cluster import Allocation, Placement
+from gpupt.model.cluster import Allocation, Domain, Placement
 from gpupt.model.roll import Check, Image, Roll
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def perform(action: Action, world: World) -> None:
         case StartNode():
             start_node(action, ours)
         case StopNode():
-            stop_node(action, ours, narrate=world.narrate)
+            stop_node(action, ours, patience=STOP_SECONDS, narrate=world.narrate)
         case AwaitNode():
             await_node(action, ours, narrate=world.narrate)
         case AwaitRoll():
@@ -158,7 +158,10 @@ def perform(action: Action, world: World) -> None:
 def undo(action: Action, world: World) -> None:
     """Take back an action that was begun, wherever it was cut short; consoles are kept."""
     back = inverse(JournalEntry(0, action, None, False))
-    if back is not None:
+    if isinstance(back, StopNode):
+        # Its disk goes with it: there is nothing that a slow shutdown would save.
+        stop_node(back, cluster_world(world), patience=0, narrate=world.narrate)
+    elif back is not None:
         perform(back, world)
 
 
@@ -250,21 +253,32 @@ def node_view(
     )
 
 
-def stop_node(action: StopNode, ours: ClusterWorld, *, narrate: Callable[[str], None]) -> None:
+def stop_node(
+    action: StopNode, ours: ClusterWorld, *, patience: float, narrate: Callable[[str], None]
+) -> None:
     """End the domain and remove its overlay; raises Failed when it stays."""
     ours.hang_up(action.cluster, action.node)
+    for other in action.together:
+        ours.hang_up(action.cluster, other)
+        if is_member(ours.hypervisor.domain(domain_name(action.cluster, other)), action.cluster):
+            ours.hypervisor.press_power(domain_name(action.cluster, other))
     name = domain_name(action.cluster, action.node)
     found = ours.hypervisor.domain(name)
     if found is not None:
-        member = found.membership
-        if member is None or member.cluster != action.cluster:
+        if not is_member(found, action.cluster):
             # Never a machine of somebody else, whatever its name.
             raise Failed(f"libvirt's domain {name} is not a node of {action.cluster}")
-        if not ours.hypervisor.remove_domain(name, patience=STOP_SECONDS):
-            narrate(f"{action.node} did not power off within {STOP_SECONDS:g} s: ended by force")
+        if not ours.hypervisor.remove_domain(name, patience=patience) and patience:
+            narrate(f"{action.node} did not power off within {patience:g} s: ended by force")
         if ours.hypervisor.domain(name) is not None:
             raise Failed(f"{name} is still there", remedy=f"virsh destroy {name}")
     ours.folder(action.cluster).remove_disk(action.node)
+
+
+def is_member(domain: Domain | None, cluster: str) -> bool:
+    """Whether the domain is there, and a node of that cluster."""
+    member = None if domain is None else domain.membership
+    return member is not None and member.cluster == cluster
 
 
 def await_node(action: AwaitNode, ours: ClusterWorld, *, narrate: Callable[[str], None]) -> None:

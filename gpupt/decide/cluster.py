@@ -124,10 +124,13 @@ def plan_down(
     # Compute nodes first: they have the frontend's /home mounted.
     members.sort(key=is_frontend)
     actions: list[Action] = []
+    computes = [m.membership.node for m in members if m.membership and not is_frontend(m)]
     for domain in members:
         assert domain.membership is not None
+        node = domain.membership.node
+        others = tuple(computes[1:]) if computes[:1] == [node] else ()
         why = "end its machine" if domain.running else "forget its machine"
-        actions.append(StopNode(cluster, domain.membership.node, why=why))
+        actions.append(StopNode(cluster, node, why=why, together=others))
     if any(network.cluster == cluster for network in around.networks):
         actions.append(StopNetwork(cluster, why="no node uses it any more"))
     lent = {gpu: loan for gpu, loan in around.loans.items() if loan.cluster == cluster}

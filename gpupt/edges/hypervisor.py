@@ -177,6 +177,13 @@ class Hypervisor:
                 self._call(f"remove {name}", lambda: domain.undefineFlags(flags))
         return gently
 
+    def press_power(self, name: str) -> None:
+        """Ask a guest to power off, and do not wait; nothing to do when it does not run."""
+        domain = self._find_domain(name)
+        with suppress(Failed):
+            if domain is not None and self._call(f"read {name}", domain.isActive):
+                self._call(f"shut {name} down", domain.shutdown)
+
     def _shut_down(self, domain: Any, name: str, patience: float) -> bool:
         """Ask the guest to power off; whether it did so in time."""
         end = time.monotonic() + patience

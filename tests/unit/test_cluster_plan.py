@@ -216,6 +216,9 @@ def test_down_ends_computes_first_and_gives_every_function_back() -> None:
     ]
     stopped = [a.node for a in plan.actions if isinstance(a, StopNode)]
     assert stopped == ["compute-0", "compute-1", "frontend"]
+    # Both computes power off at the same time; the frontend, whose /home they have, after.
+    together = [a.together for a in plan.actions if isinstance(a, StopNode)]
+    assert together == [("compute-1",), (), ()]
     back = {(a.address, a.after, a.override) for a in plan.actions if isinstance(a, BindFunction)}
     assert back == {
         (BARE, None, None),
