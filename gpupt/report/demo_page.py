@@ -103,13 +103,14 @@ def render_demo_page(summary: DemoSummary) -> str:
     return render_template(
         "demo-report.html.j2",
         s=summary,
+        others=len(summary.host.groups) - len(groups_with_gpus(summary.host.groups)),
         moments=tuple(host_moments(summary, colours)),
         svg_width=WIDTH,
         bars=tuple(timeline_bars(summary)),
         colours=colours,
         lent=tuple(gpu for gpu in summary.host.gpus if gpu.during != gpu.before),
         kept=tuple(gpu for gpu in summary.host.gpus if gpu.during == gpu.before),
-        names={str(gpu.address): gpu.name for gpu in summary.host.gpus},
+        names={str(gpu.address): short_name(gpu.name) for gpu in summary.host.gpus},
         confusion=confusion_cells(summary.classifier) if summary.classifier else (),
         measures=measures(summary.classifier) if summary.classifier else (),
         stopped_at=next((e for e in summary.timeline if e.status is PhaseStatus.FAILED), None),
@@ -130,19 +131,32 @@ def holder_colours(nodes: tuple[DemoNode, ...]) -> dict[str, str]:
 
 def host_moments(summary: DemoSummary, colours: dict[str, str]) -> Iterator[Moment]:
     """The host before, during and after."""
+    lent = any(gpu.during != gpu.before for gpu in summary.host.gpus)
     after = "every function on the driver it came from"
     for name, title, caption in (
         ("before", "Before", "every card belongs to the host"),
-        ("during", "During", "whole groups lent to nodes, by vfio-pci"),
+        ("during", "During", "whole groups, lent to nodes" if lent else "no GPU was lent"),
         ("after", "After", after if summary.restored else "not everything was given back"),
     ):
         y, boxes = MARGIN, []
-        for group in summary.host.groups:
+        for group in groups_with_gpus(summary.host.groups):
             box = draw_group(group, name, y=y, colours=colours)
             boxes.append(box)
             y += box.height + GAP
         said = "; ".join(f"{box.title}: {box.holder}" for box in boxes)
         yield Moment(title, caption, tuple(boxes), y - GAP + MARGIN, said)
+
+
+def groups_with_gpus(groups: tuple[HostGroup, ...]) -> tuple[HostGroup, ...]:
+    """The groups that hold a GPU or something that is not where it was: those worth drawing."""
+    return tuple(
+        group
+        for group in groups
+        if any(
+            function.kind is FunctionKind.GPU or function.before != function.after
+            for function in group.functions
+        )
+    )
 
 
 def draw_group(group: HostGroup, moment: str, *, y: int, colours: dict[str, str]) -> Box:
@@ -172,7 +186,7 @@ def draw_function(function: HostFunction, moment: str, *, y: int, colours: dict[
     held = holding(function, moment)
     return Tile(
         y=y,
-        name=shortened(function.name or "unnamed", 37),
+        name=shortened(short_name(function.name), 34),
         address=str(function.address),
         id=str(function.id),
         driver=held.driver or "no driver",
@@ -196,6 +210,11 @@ def holding(function: HostFunction, moment: str) -> Holding:
 def shortened(text: str, most: int) -> str:
     """A text of at most that many characters, an ellipsis in place of what is cut."""
     return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def short_name(name: str) -> str:
+    """A card's name as pci.ids has it, less what the vendor's is padded with."""
+    return name.replace(" Corporation", "") or "unnamed"
 
 
 def short(address: str) -> str:

@@ -202,6 +202,18 @@ def test_a_demo_that_failed_proves_nothing() -> None:
     assert "Shown here, for real" not in page
 
 
+def test_groups_without_gpus_are_counted_and_not_drawn() -> None:
+    disk = function("00:01.0", PciId(0x1AF4, 0x1001), 0x010000, "", kind=FunctionKind.OTHER,
+                    driver="virtio-pci")  # fmt: skip
+    own = HostGroup(1, (disk,))
+    page = render_demo_page(replace(SUMMARY, host=replace(HOST_PICTURE, groups=(own,))))
+    assert "1 further group of the host’s own devices was left alone" in page
+    assert "IOMMU group 1<" not in page
+    moved = HostGroup(1, (replace(disk, after=Holding(None)),))
+    page = render_demo_page(replace(SUMMARY, host=replace(HOST_PICTURE, groups=(moved,))))
+    assert page.count("IOMMU group 1<") == 3
+
+
 def test_a_group_with_several_holders_is_drawn_so() -> None:
     port = function("00:04.0", PciId(0x8086, 1), 0x060400, "port", kind=FunctionKind.BRIDGE)
     one = function("01:00.0", PciId(0x10DE, 1), 0x030200, "one", lent_to="gpu-1")
