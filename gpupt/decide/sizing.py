@@ -1,4 +1,4 @@
-"""Whether a cluster fits the machine it is to run on: memory is pinned, CPUs can be shared."""
+"""Whether a cluster fits the machine: memory is pinned for GPUs, CPUs can be shared."""
 
 from __future__ import annotations
 
@@ -30,23 +30,42 @@ def assess_size(
 ) -> tuple[Finding, ...]:
     """Warnings about the nodes that are to be started on a machine of that capacity.
 
-    Raises Refused when their memory does not fit: passthrough pins every page of a guest,
-    so there is nothing to overcommit.
+    Raises Refused when the nodes with GPUs do not fit the memory that is available, since
+    passthrough pins every page of theirs, or when all together exceed what the machine has.
     """
-    wanted = sum(node.memory + QEMU_OVERHEAD for node in starting)
-    if wanted > capacity.available:
-        lines = [f"{node.name}: {show_size(node.memory)}" for node in starting]
+    pinned = sum(node.memory + QEMU_OVERHEAD for node in starting if node.gpus.wanted)
+    whole = sum(node.memory for node in starting)
+    if pinned > capacity.available or whole > capacity.memory:
+        needs = (
+            f"needs {show_size(pinned)} of memory for its GPU nodes"
+            if pinned > capacity.available
+            else f"needs {show_size(whole)} of memory"
+        )
         raise Refused(
-            f"{spec.name} needs {show_size(wanted)} of memory, and "
-            f"{show_size(capacity.available)} of this machine's are available",
+            f"{spec.name} {needs}, and this machine has {show_size(capacity.available)} "
+            f"available of {show_size(capacity.memory)}",
             details=(
-                *lines,
-                f"and {show_size(QEMU_OVERHEAD)} for QEMU itself with each node",
-                f"the machine has {show_size(capacity.memory)} in all",
+                *(
+                    f"{node.name}: {show_size(node.memory)}"
+                    + (", pinned for its GPUs" if node.gpus.wanted else "")
+                    for node in starting
+                ),
+                f"and {show_size(QEMU_OVERHEAD)} for QEMU itself with each GPU node",
             ),
             remedy="give the nodes less memory, or end what uses the machine's",
         )
     findings = []
+    if whole + QEMU_OVERHEAD * len(starting) > capacity.available:
+        findings.append(
+            Finding(
+                id="memory-tight",
+                severity=Severity.WARN,
+                subject=spec.name,
+                brief=f"the nodes may come to use {show_size(whole)} of memory, and this "
+                f"machine has {show_size(capacity.available)} available",
+                remedy="give them less, or watch that the machine does not run out",
+            )
+        )
     for node in starting:
         if node.cpus > capacity.cpus:
             findings.append(
@@ -58,14 +77,14 @@ def assess_size(
                     remedy=f"give it at most {capacity.cpus}",
                 )
             )
-    whole = sum(node.cpus for node in spec.nodes)
-    if whole > capacity.cpus:
+    all_cpus = sum(node.cpus for node in spec.nodes)
+    if all_cpus > capacity.cpus:
         findings.append(
             Finding(
                 id="cpus-shared",
                 severity=Severity.INFO,
                 subject=spec.name,
-                brief=f"the nodes' {whole} CPUs share the machine's {capacity.cpus}",
+                brief=f"the nodes' {all_cpus} CPUs share the machine's {capacity.cpus}",
             )
         )
     return tuple(findings)

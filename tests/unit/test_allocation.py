@@ -200,10 +200,15 @@ def test_memory_is_refused_and_cpus_only_warn() -> None:
     few = replace(plenty, cpus=1)
     found = assess_size(spec, starting=spec.nodes, capacity=few)
     assert {finding.id for finding in found} == {"cpus-overcommitted", "cpus-shared"}
-    short = replace(plenty, available=3 << 30)
-    with pytest.raises(Refused, match="needs 3552 MiB of memory, and 3 GiB"):
+    short = replace(plenty, available=2 << 30)
+    with pytest.raises(Refused, match="needs 2368 MiB of memory for its GPU nodes, and this"):
         assess_size(spec, starting=spec.nodes, capacity=short)
     assert not assess_size(spec, starting=spec.nodes[:1], capacity=short)
+    tight = assess_size(spec, starting=spec.nodes, capacity=replace(plenty, available=3 << 30))
+    assert [finding.id for finding in tight] == ["memory-tight"]
+    small = replace(plenty, memory=5 << 29, available=5 << 29)
+    with pytest.raises(Refused, match="needs 3 GiB of memory, and this"):
+        assess_size(spec, starting=spec.nodes, capacity=small)
 
 
 @given(st.integers(0, 1 << 50))
