@@ -35,7 +35,7 @@ PASSABLE = 0o711
 AUTHORIZED_KEYS = "ssh.authorized_keys.root"
 HOST_KEY = "gpupt.ssh_host_ed25519_key"
 HOSTS = "gpupt.hosts"
-_NAME = re.compile(r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")
+_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class ClusterFolder:
     """The folder of one cluster, there or not."""
 
     def __init__(self, state: Path, cluster: str) -> None:
-        if not _NAME.match(cluster):
+        if not _NAME.fullmatch(cluster):
             raise BadInput(
                 f"{cluster!r} is not a cluster's name",
                 details="expected lower-case letters, digits and inner hyphens",
@@ -71,7 +71,7 @@ class ClusterFolder:
 
     def node(self, name: str) -> Path:
         """The node's own folder; raises BadInput for a name that would lead elsewhere."""
-        if not _NAME.match(name):
+        if not _NAME.fullmatch(name):
             raise BadInput(f"{name!r} is not a node's name")
         return self.path / "nodes" / name
 
@@ -240,4 +240,4 @@ def read_clusters(state: Path) -> Mapping[str, ClusterFolder]:
         names = sorted(entry.name for entry in parent.iterdir() if entry.is_dir())
     except (FileNotFoundError, PermissionError):
         return {}
-    return {name: ClusterFolder(state, name) for name in names if _NAME.match(name)}
+    return {name: ClusterFolder(state, name) for name in names if _NAME.fullmatch(name)}

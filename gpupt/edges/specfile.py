@@ -25,9 +25,9 @@ LEAST_DISK = 1 << 30
 MOST_NODES = 200
 MOST_GPUS = 64
 # RFC 1123: letters, digits and hyphens, no hyphen at either end, at most 63.
-_LABEL = re.compile(r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")
-_SIZE = re.compile(r"^([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+)$")
-_ALIAS = re.compile(r"^[A-Za-z][A-Za-z0-9_.-]{0,62}$")
+_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+)")
+_ALIAS = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,62}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ def parse_specfile(text: str, *, file: str, known_rolls: Sequence[str]) -> SpecF
 
 def parse_size(text: str) -> int:
     """Bytes of a text such as ``2560 MiB`` or ``1.5 GiB``; raises BadInput."""
-    found = _SIZE.match(text.strip())
+    found = _SIZE.fullmatch(text.strip())
     if found is None:
         hint = f"write {text.strip()} MiB or {text.strip()} GiB" if text.strip().isdigit() else ""
         raise BadInput(
@@ -96,7 +96,7 @@ def _read_cluster(value: Value, known_rolls: Sequence[str]) -> SpecFile:
 def _read_name(value: Value, *, most: int = 63) -> str:
     """A host name of RFC 1123; lower case, since names are compared as they are written."""
     name = value.text()
-    if not _LABEL.match(name) or len(name) > most or name.isdigit() or name == "localhost":
+    if not _LABEL.fullmatch(name) or len(name) > most or name.isdigit() or name == "localhost":
         near = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:most].strip("-")
         useful = near and not near.isdigit() and near not in {name, "localhost"}
         value.wrong(
@@ -248,7 +248,7 @@ def _read_gpus(value: Value, *, claimed: dict[str, str], places: dict[str, str])
                     expected=error.details[0].removeprefix("expected "),
                     remedy=error.remedy,
                 )
-        elif not _ALIAS.match(text):
+        elif not _ALIAS.fullmatch(text):
             item.wrong(
                 f"{text!r} names no GPU",
                 expected='an address such as "0000:41:00.0" in quotes, or an alias',

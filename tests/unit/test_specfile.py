@@ -91,6 +91,7 @@ def test_network_may_be_left_out() -> None:
         ("name: compute-1", "name: localhost", "12:12", "not localhost"),
         ("name: compute-1", "name: 7", "12:12", "not only digits"),
         ("name: compute-1", f"name: {'a' * 64}", "12:12", "at most 63"),
+        ("name: compute-1", 'name: "compute-1\\n"', "12:12", "RFC 1123"),
         ("name: compute-1", "name: ../../etc", "12:12", "RFC 1123"),
         ("cluster: herbarium", "cluster: a/b", "1:10", "did you mean 'a-b'"),
         ("compute, cpus: 2, memory: 3", "frontend, cpus: 2, memory: 3", "12:5", "second frontend"),
