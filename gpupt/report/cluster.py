@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,8 +156,3 @@ def _driver(binding: DriverBinding | None) -> str:
 def seconds_of(phases: Mapping[str, float]) -> dict[str, float]:
     """Phases with their seconds, rounded for reading."""
     return {name: round(seconds, 2) for name, seconds in phases.items()}
-
-
-def names_text(names: Iterable[str]) -> str:
-    """Names in a row, or that there are none."""
-    return ", ".join(sorted(names)) or "none"
