@@ -286,6 +286,9 @@ def main(arguments: Sequence[str]) -> int:
     if unknown:
         print(f"runtests: no tier {unknown[0]!r}; there are {', '.join(TIERS)}", file=sys.stderr)
         return 2
+    # A shell starts what runs in the background with Ctrl-C ignored, and children inherit
+    # that: tests of interrupts would wait for ever.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     results: list[Result] = []
     try:
         for name in arguments or TIERS:
