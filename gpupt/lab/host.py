@@ -198,15 +198,19 @@ def start_lab(machine: m.Machine, *, state: Path, trees: Sequence[Path], narrate
     return lab
 
 
-def await_banner(port: int, *, deadline: float, alive: Callable[[], None], name: str) -> None:
+def await_banner(
+    port: int, *, deadline: float, alive: Callable[[], None], name: str, patience: float = 3
+) -> None:
     """Wait until an SSH server speaks at the port.
 
-    QEMU accepts a connection long before the guest has a network, and then is silent: each
-    try is given up early.  Raises DeadlineExceeded, and whatever ``alive`` raises."""
+    QEMU accepts a connection long before the guest has a network, and then is silent: a try
+    is given up after ``patience`` seconds.  Raises DeadlineExceeded, and what ``alive`` does.
+    """
     deadline_at = time.monotonic() + deadline
     while time.monotonic() < deadline_at:
         alive()
-        with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=3) as peer:
+        address = ("127.0.0.1", port)
+        with suppress(OSError), socket.create_connection(address, timeout=patience) as peer:
             if peer.recv(4) == b"SSH-":
                 return
         time.sleep(0.3)

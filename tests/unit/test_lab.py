@@ -1,0 +1,483 @@
+"""The emulated host without booting one: its cards, its command line, its record."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+
+import pytest
+from click.testing import CliRunner
+
+from gpupt.cli.lab import default_memory, parse_size
+from gpupt.cli.main import cli
+from gpupt.edges.process import spawn
+from gpupt.errors import BadInput, DeadlineExceeded, Failed, Refused
+from gpupt.lab import host, machine, topology
+from gpupt.lab.emulator import build_disguises, find_emulator
+from gpupt.lab.qmp import Qmp
+from gpupt.model.pci import PciAddress
+from gpupt.model.roll import Image
+
+QEMU = shutil.which("qemu-system-x86_64")
+CC = shutil.which("cc")
+QEMU_IMG = shutil.which("qemu-img")
+
+
+def image(digest: str, folder: str = "/images") -> Image:
+    where = PurePosixPath(folder) / digest
+    return Image(
+        digest,
+        ("base",),
+        where / "disk.qcow2",
+        "qcow2",
+        1 << 30,
+        where / "vmlinuz",
+        where / "initrd",
+    )
+
+
+MACHINE = machine.Machine(
+    name="lab",
+    image=image("aaaa000011112222"),
+    topology=topology.TOPOLOGIES["default"],
+    cpus=2,
+    memory=8 << 30,
+    port=2222,
+    accelerator="tcg",
+    images=(image("bbbb000011112222"),),
+)
+
+
+# Cards
+
+
+def test_default_cards_are_where_they_are_said_to_be() -> None:
+    functions = dict(topology.TOPOLOGIES["default"].functions())
+    shown = {str(address): (str(f.id), f.device_class) for address, f in functions.items()}
+    assert shown == {
+        "0000:01:00.0": ("10de:2330", 0x0302),
+        "0000:02:00.0": ("10de:1eb8", 0x0302),
+        "0000:02:00.1": ("10de:10f8", 0x0403),
+        "0000:03:00.0": ("10de:1cb6", 0x0300),
+    }
+    assert functions[PciAddress.parse("02:00.1")].driver == "snd_hda_intel"
+
+
+def test_disguises_name_each_kind_of_card_once() -> None:
+    entries = topology.disguises(topology.TOPOLOGIES["eight"]).split(";")
+    assert entries == ["edu-10de-2330=edu:1234:11e8:10de:2330:302:10de:16c1"]
+
+
+def test_each_card_has_a_root_port_of_its_own() -> None:
+    words = topology.device_arguments(topology.TOPOLOGIES["default"])
+    ports = [word for word in words if word.startswith("pcie-root-port")]
+    assert len(ports) == 3
+    assert len({port.partition("addr=")[2] for port in ports}) == 3
+    assert "secondary-vga-10de-1eb8,bus=port1,addr=0.0,id=gpu1,multifunction=on" in words
+    assert "intel-hda-10de-10f8,bus=port1,addr=0.1,id=gpu1.1" in words
+
+
+def test_the_boot_card_gets_its_driver_first() -> None:
+    lines = topology.driver_commands(topology.TOPOLOGIES["default"])
+    told = [line for line in lines if "new_id" in line]
+    assert told[0] == "echo 10de 1cb6 > /sys/bus/pci/drivers/bochs-drm/new_id"
+    assert "modprobe snd_hda_intel" in lines
+    assert not any("snd_hda_intel/new_id" in line for line in lines)
+
+
+GOOD = """\
+cards:
+  - - {device: edu, id: "10de:2330", class: "0302", driver: uio_pci_generic}
+  - - {device: secondary-vga, id: "10de:1eb8", class: "0300", subsystem: "10de:12a2"}
+    - {device: intel-hda, id: "10de:10f8", class: "0403", driver: snd_hda_intel}
+"""
+
+
+def test_a_topology_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(GOOD)
+    read = topology.find_topology(str(file))
+    assert read.name == "mine"
+    assert [len(card.functions) for card in read.cards] == [1, 2]
+    assert read.cards[1].functions[0].driver is None
+    assert str(read.cards[0].functions[0].subsystem) == "10de:2330"
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "said"),
+    [
+        ("device: edu", "device: edo", "'edo'"),
+        ("10de:2330", "10de2330", "'10de2330'"),
+        ('"0302"', '"30200"', "'30200'"),
+        ("driver: uio_pci_generic", "driver: nvidia", "'nvidia'"),
+        ("driver: uio_pci_generic", "drivr: uio_pci_generic", "unknown key 'drivr'"),
+        ("device: edu, ", "", "key 'device' is missing"),
+    ],
+)
+def test_a_wrong_topology_is_told_with_its_place(
+    tmp_path: Path, was: str, now: str, said: str
+) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(GOOD.replace(was, now, 1))
+    with pytest.raises(BadInput) as caught:
+        topology.read_topology(file)
+    assert said in str(caught.value)
+    assert f"{file}:2:" in str(caught.value)
+
+
+def test_more_cards_than_slots(tmp_path: Path) -> None:
+    file = tmp_path / "many.yaml"
+    file.write_text("cards:\n" + '  - - {device: edu, id: "10de:2330", class: "0302"}\n' * 16)
+    with pytest.raises(BadInput, match="16 cards"):
+        topology.read_topology(file)
+
+
+def test_an_unknown_topology() -> None:
+    with pytest.raises(BadInput, match="'nine'"):
+        topology.find_topology("nine")
+
+
+# QEMU's command line
+
+
+def test_command_line_is_the_golden_one(golden: Callable[[str, str], None]) -> None:
+    golden("lab/qemu.txt", "\n".join(machine.qemu_arguments(MACHINE)) + "\n")
+    golden("lab/setup.sh", machine.setup_script(MACHINE))
+
+
+def test_no_name_is_too_long_for_fw_cfg() -> None:
+    words = machine.qemu_arguments(MACHINE)
+    names = [w.partition("name=")[2].partition(",")[0] for w in words if w.startswith("name=opt/")]
+    assert len(names) == 4
+    assert all(len(name) <= 55 for name in names), "QEMU keeps 56 bytes for a name and its end"
+
+
+def test_kvm_is_given_the_real_processor() -> None:
+    words = machine.qemu_arguments(replace(MACHINE, accelerator="kvm"))
+    assert words[words.index("-cpu") + 1] == "host"
+    assert "kernel-irqchip=split" in words[words.index("-machine") + 1]
+    assert "no_timer_check" not in machine.kernel_line(replace(MACHINE, accelerator="kvm"))
+
+
+def test_a_share_is_mounted_for_writing() -> None:
+    shared = replace(MACHINE, share=Path("/a,b"))
+    assert any("path=/a,,b," in word for word in machine.qemu_arguments(shared))
+    assert f"rw share {machine.SHARE}" in machine.setup_script(shared)
+    assert machine.SHARE not in machine.setup_script(MACHINE)
+
+
+# QEMU out of a baked tree
+
+
+def make_tree(folder: Path, *parts: str) -> Path:
+    for part in parts:
+        (folder / part).parent.mkdir(parents=True, exist_ok=True)
+        (folder / part).write_text("")
+    return folder
+
+
+def test_qemu_is_put_together_from_layers(tmp_path: Path) -> None:
+    lower = make_tree(tmp_path / "base", "usr/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2")
+    upper = make_tree(
+        tmp_path / "host",
+        "usr/bin/qemu-system-x86_64",
+        "usr/lib/x86_64-linux-gnu/qemu/a.so",
+        "usr/share/qemu/a",
+        "usr/share/seabios/a",
+    )
+    found = find_emulator([upper, lower], preload=Path("/x.so"))
+    libraries = f"{upper}/usr/lib/x86_64-linux-gnu:{lower}/usr/lib/x86_64-linux-gnu"
+    assert found.argv[:5] == (
+        f"{lower}/usr/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2",
+        "--library-path",
+        libraries,
+        "--preload",
+        "/x.so",
+    )
+    assert dict(found.environment) == {"QEMU_MODULE_DIR": f"{upper}/usr/lib/x86_64-linux-gnu/qemu"}
+
+
+def test_trees_without_qemu(tmp_path: Path) -> None:
+    with pytest.raises(Failed, match="no /usr/bin/qemu-system-x86_64"):
+        find_emulator([tmp_path])
+
+
+@pytest.mark.skipif(CC is None or QEMU is None, reason="needs cc and qemu-system-x86_64")
+def test_disguised_devices_are_known_to_qemu(tmp_path: Path) -> None:
+    library = build_disguises(tmp_path)
+    assert build_disguises(tmp_path) == library  # compiled once
+    assert QEMU is not None
+    done = subprocess.run(
+        [QEMU, "-machine", "none", "-device", "edu-10de-2330,help"],
+        env={
+            **os.environ,
+            "LD_PRELOAD": str(library),
+            "FAKE_PCI": topology.disguises(topology.TOPOLOGIES["default"]),
+        },
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "dma_mask" in done.stdout
+
+
+@pytest.mark.skipif(CC is None or QEMU is None, reason="needs cc and qemu-system-x86_64")
+@pytest.mark.parametrize(
+    ("disguise", "said"),
+    [("nonsense", "cannot read"), ("x=edu:1:2:10de:2330:302:0:0", "edu is no 0001:0002")],
+)
+def test_a_wrong_disguise_ends_qemu(tmp_path: Path, disguise: str, said: str) -> None:
+    assert QEMU is not None
+    done = subprocess.run(
+        [QEMU, "-machine", "none", "-device", "x,help"],
+        env={**os.environ, "LD_PRELOAD": str(build_disguises(tmp_path)), "FAKE_PCI": disguise},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert said in done.stderr
+
+
+# Its record and its process
+
+
+def record(state: Path, *, pid: int, started: str) -> host.Lab:
+    folder = host.labs_folder(state) / "lab"
+    folder.mkdir(parents=True)
+    lab = host.Lab(
+        name="lab",
+        folder=folder,
+        pid=pid,
+        started=started,
+        port=1,
+        image="aaaa000011112222",
+        accelerator="tcg",
+        cpus=2,
+        memory=8 << 30,
+        topology="default",
+        images=("bbbb000011112222",),
+    )
+    host.write_record(lab)
+    return lab
+
+
+def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
+    me = host.process_identity(os.getpid())
+    assert me is not None
+    lab = record(tmp_path, pid=os.getpid(), started=me)
+    assert host.find_lab(tmp_path, "lab") == lab
+    assert host.need_lab(tmp_path, "lab").is_running
+    assert host.read_labs(tmp_path) == (lab,)
+
+
+def test_another_process_of_the_same_number_is_not_it(tmp_path: Path) -> None:
+    lab = record(tmp_path, pid=os.getpid(), started="another boot/1")
+    assert not lab.is_running
+    with pytest.raises(Failed, match="is not up"):
+        host.need_lab(tmp_path, "lab")
+
+
+def test_a_process_that_ended_has_no_identity() -> None:
+    child = spawn(["sleep", "60"])
+    assert host.process_identity(child.pid) is not None
+    child.kill()
+    while Path(f"/proc/{child.pid}/stat").read_text().split()[2] != "Z":
+        time.sleep(0.01)
+    assert host.process_identity(child.pid) is None, "a zombie has ended"
+    child.wait()
+    assert host.process_identity(child.pid) is None
+
+
+def test_what_is_left_of_an_ended_host_is_removed(tmp_path: Path) -> None:
+    lab = record(tmp_path, pid=os.getpid(), started="another boot/1")
+    host.stop_lab(lab, narrate=lambda _: None)
+    assert host.find_lab(tmp_path, "lab") is None
+    assert not lab.folder.exists()
+
+
+def test_two_at_once_are_refused(tmp_path: Path) -> None:
+    lab = record(tmp_path, pid=os.getpid(), started="another boot/1")
+    with host._only_one(lab.folder), pytest.raises(Refused, match="another gpupt"):
+        host.stop_lab(lab, narrate=lambda _: None)
+
+
+@pytest.mark.skipif(CC is None or QEMU_IMG is None, reason="needs cc and qemu-img")
+def test_a_qemu_that_ends_at_once_is_told_with_its_log(tmp_path: Path) -> None:
+    tree = make_tree(
+        tmp_path / "tree",
+        "usr/bin/qemu-system-x86_64",
+        "usr/lib/x86_64-linux-gnu/qemu/a.so",
+        "usr/share/qemu/a",
+        "usr/share/seabios/a",
+    )
+    loader = tree / "usr/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2"
+    loader.write_text("#!/bin/sh\necho no such accelerator >&2; exit 1\n")
+    loader.chmod(0o755)
+    folder = tmp_path / "images/aaaa000011112222"
+    folder.mkdir(parents=True)
+    for name in ("vmlinuz", "initrd"):
+        (folder / name).write_text(name)
+    subprocess.run(
+        ["qemu-img", "create", "-q", "-f", "qcow2", folder / "disk.qcow2", "1M"], check=True
+    )
+    boots = image("aaaa000011112222", str(tmp_path / "images"))
+    with pytest.raises(Failed, match="has ended") as caught:
+        host.start_lab(
+            replace(MACHINE, image=boots, images=(boots,)),
+            state=tmp_path,
+            trees=(tree,),
+            narrate=lambda _: None,
+        )
+    assert "no such accelerator" in str(caught.value)
+    assert host.find_lab(tmp_path, "lab") is None
+    kept = host.labs_folder(tmp_path) / "lab"
+    assert (kept / machine.LOG).is_file()
+    assert not (kept / machine.OVERLAY).exists()
+    assert (kept / machine.KEY).stat().st_mode & 0o077 == 0
+    shared = json.loads((kept / "images/aaaa000011112222/image.json").read_text())
+    assert shared["disk"] == "/dev/disk/by-id/virtio-aaaa000011112222"
+    assert shared["format"] == "raw"
+
+
+def test_a_port_that_accepts_and_is_silent_is_no_ssh_server() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        with pytest.raises(DeadlineExceeded, match="did not answer SSH"):
+            host.await_banner(port, deadline=0.5, alive=lambda: None, name="lab", patience=0.2)
+
+
+# QMP
+
+
+@pytest.fixture
+def qmp(tmp_path: Path) -> Iterator[Qmp]:
+    if QEMU is None:
+        pytest.skip("no qemu-system-x86_64 on this machine")
+    path = tmp_path / ("deep/" * 20) / "qmp.sock"  # longer than a socket's path may be
+    path.parent.mkdir(parents=True)
+    child = spawn(
+        [
+            *(QEMU, "-machine", "none", "-nodefaults", "-display", "none", "-S"),
+            *("-qmp", "unix:qmp.sock,server=on,wait=off"),
+        ],
+        folder=path.parent,
+    )
+    try:
+        end = time.monotonic() + 20
+        while True:
+            try:
+                connected = Qmp.connect(path, deadline=5)
+                break
+            except Failed:
+                assert time.monotonic() < end
+                time.sleep(0.05)
+        with connected:
+            yield connected
+    finally:
+        child.kill()
+        child.wait()
+
+
+def test_qmp_answers(qmp: Qmp) -> None:
+    assert qmp.command("query-status")["status"] == "prelaunch"
+
+
+def test_qmp_tells_what_qemu_refuses(qmp: Qmp) -> None:
+    with pytest.raises(Failed, match="refuses device_del") as caught:
+        qmp.command("device_del", id="gpu9")
+    assert "gpu9" in str(caught.value)
+
+
+def test_qmp_keeps_events_that_come_in_between(qmp: Qmp) -> None:
+    qmp.command("cont")
+    assert qmp.command("query-status")["running"]
+    assert qmp.wait_for("RESUME", deadline=5)["event"] == "RESUME"
+    with pytest.raises(DeadlineExceeded):
+        qmp.wait_for("POWERDOWN", deadline=0.2)
+
+
+def test_qmp_tells_a_qemu_that_went_away(qmp: Qmp) -> None:
+    qmp.command("quit")
+    with pytest.raises(Failed, match="went away"):
+        for _ in range(100):
+            qmp.command("query-status")
+
+
+def test_nobody_at_the_socket(tmp_path: Path) -> None:
+    with pytest.raises(Failed, match="does not answer"):
+        Qmp.connect(tmp_path / "qmp.sock", deadline=1)
+
+
+# The command line
+
+
+@pytest.mark.parametrize(("text", "size"), [("10G", 10 << 30), ("4096m", 4 << 30), ("1g", 1 << 30)])
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "G", "10", "-1G", "1.5G", "100M", "99999999G", "10T"])
+def test_wrong_sizes(text: str) -> None:
+    with pytest.raises(BadInput, match="not a size"):
+        parse_size(text)
+
+
+def test_default_memory_is_bounded() -> None:
+    assert 4 << 30 <= default_memory() <= 16 << 30
+
+
+@pytest.mark.parametrize("name", ["", "-lab", "lab-", "La", "a_b", "a" * 33, "../lab", "läb"])
+def test_names_that_no_host_can_have(name: str) -> None:
+    with pytest.raises(BadInput):
+        host.check_name(name)
+
+
+def invoke(state: Path, *words: str) -> tuple[object, str]:
+    done = CliRunner().invoke(cli, ["--state", str(state), "lab", *words])
+    return done.exception or done.exit_code, done.output
+
+
+def test_down_of_nothing_is_nothing_to_do(tmp_path: Path) -> None:
+    assert invoke(tmp_path, "down") == (0, "lab: nothing to do, it is not up\n")
+
+
+def test_a_second_up_is_nothing_to_do(tmp_path: Path) -> None:
+    me = host.process_identity(os.getpid())
+    record(tmp_path, pid=os.getpid(), started=me or "")
+    status, said = invoke(tmp_path, "up")
+    assert status == 0
+    assert said.startswith("lab: nothing to do, it is up\n")
+
+
+def test_run_and_shell_need_a_host_that_is_up(tmp_path: Path) -> None:
+    for words in (("run", "--", "true"), ("shell",)):
+        error, _ = invoke(tmp_path, *words)
+        assert isinstance(error, Failed)
+        assert error.remedy == "gpupt lab up"
+
+
+def test_list_as_json(tmp_path: Path) -> None:
+    record(tmp_path, pid=os.getpid(), started="another boot/1")
+    status, said = invoke(tmp_path, "list", "--json")
+    assert status == 0
+    labs = json.loads(said)["labs"]
+    assert [(each["name"], each["running"], each["topology"]) for each in labs] == [
+        ("lab", False, "default")
+    ]
+
+
+def test_help_tells_every_verb(tmp_path: Path) -> None:
+    _, said = invoke(tmp_path, "--help")
+    for verb in ("up", "run", "shell", "down", "list", "demo"):
+        assert f"\n  {verb} " in said
