@@ -60,7 +60,8 @@ class ClusterWorld:
     """What cluster actions act on, beside the host's World: libvirt, the state folder, the
     rolls, and the connections to nodes, each opened when it is first needed.
 
-    ``bake`` makes an image of that digest; ``accelerated`` says whether KVM runs guests."""
+    ``bake`` makes an image of that digest; ``accelerated`` says whether KVM runs guests,
+    ``slow`` that this host is itself an emulated one."""
 
     state: Path
     uri: str
@@ -68,6 +69,7 @@ class ClusterWorld:
     bake: Callable[[BakeImage], None]
     accelerated: Callable[[], bool]
     hypervisor_open: Hypervisor | None = None
+    slow: bool = False
     numa_nodes: int = 1
     connections: dict[tuple[str, str], Ssh] = field(default_factory=dict)
     facts: dict[str, NodeFacts] = field(default_factory=dict)
@@ -249,6 +251,7 @@ def node_view(
             for each in (AUTHORIZED_KEYS, HOST_KEY, HOSTS)
         ],
         accelerated=ours.accelerated(),
+        slow=ours.slow,
         numa_nodes=ours.numa_nodes,
     )
 

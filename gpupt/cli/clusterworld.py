@@ -153,7 +153,18 @@ def cluster_world(settings: Settings, *, hypervisor: Hypervisor | None = None) -
         bake=bake,
         accelerated=kvm_verdict(settings),
         hypervisor_open=hypervisor,
+        slow=is_lab(settings.root),
     )
+
+
+def is_lab(root: Path) -> bool:
+    """Whether the host is an emulated one, which its kernel's command line says."""
+    try:
+        return any(
+            word.startswith("gpupt.lab=") for word in (root / "proc/cmdline").read_text().split()
+        )
+    except OSError:
+        return False
 
 
 def kvm_verdict(settings: Settings) -> Callable[[], bool]:

@@ -20,6 +20,9 @@ from gpupt.model.roll import Image
 XML_NAMESPACE = "https://gpupt.dev/ns/1"
 # systemd takes credentials from fw_cfg files of this name (systemd.system-credentials(7)).
 CREDENTIALS = "opt/io.systemd.credentials"
+# Where every instruction costs a hundred: work that protects nobody there is left out, and
+# units get the time they take.
+SLOW_WORDS = "mitigations=off nokaslr no_timer_check systemd.default_timeout_start_sec=900"
 # Root ports 1 to 3 carry disk, network and rng; each card has a root port of its own after.
 FIRST_CARD_PORT = 4
 
@@ -106,9 +109,11 @@ def view_domain(
     console: PurePosixPath,
     credentials: Iterable[Credential],
     accelerated: bool,
+    slow: bool = False,
     numa_nodes: int = 1,
 ) -> DomainView:
-    """The node's domain; ``accelerated`` says that KVM was seen to run guests."""
+    """The node's domain; ``accelerated`` says that KVM was seen to run guests, ``slow`` that
+    the host itself is emulated."""
     spec, node = allocation.spec, placement.node
     ports = tuple(range(FIRST_CARD_PORT, FIRST_CARD_PORT + len(placement.cards)))
     return DomainView(
@@ -127,7 +132,7 @@ def view_domain(
         numa_node=home_numa_node(placement, numa_nodes=numa_nodes),
         kernel=image.kernel,
         initrd=image.initrd,
-        cmdline=kernel_cmdline(spec, placement),
+        cmdline=kernel_cmdline(spec, placement, slow=slow or not accelerated),
         credentials=tuple(credentials),
         disk=disk,
         network=network_name(spec.name),
@@ -171,7 +176,7 @@ def network_name(cluster: str) -> str:
     return cluster
 
 
-def kernel_cmdline(spec: ClusterSpec, placement: Placement) -> str:
+def kernel_cmdline(spec: ClusterSpec, placement: Placement, *, slow: bool) -> str:
     """The guest kernel's command line: nothing secret, since anyone there can read it."""
     node = placement.node
     words = [
@@ -182,6 +187,7 @@ def kernel_cmdline(spec: ClusterSpec, placement: Placement) -> str:
         f"gpupt.cluster={spec.name}",
         f"gpupt.role={node.role.value}",
         f"gpupt.frontend={spec.frontend.name}",
+        *([SLOW_WORDS] if slow else []),
     ]
     return " ".join(words)
 
