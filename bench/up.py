@@ -70,7 +70,9 @@ def without_libvirt(argv, *, tap, console):
                 words += ["-chardev", f"file,id=charserial0,path={console}"]
         elif word == "-netdev":
             skip = True
-            words += ["-netdev", f"tap,id=hostnet0,ifname={tap},script=no,downscript=no,vhost=on"]
+            vhost = "on" if '"vhost":true' in value or "vhost=on" in value else "off"
+            how = f"ifname={tap},script=no,downscript=no,vhost={vhost}"
+            words += ["-netdev", f"tap,id=hostnet0,{how}"]
         elif word == "-object" and '"secret"' in value:
             skip = True
         else:
@@ -127,7 +129,7 @@ def run_raw(nodes, domains, folder, bridge):
             told = backing[node]
             disks[node].unlink(missing_ok=True)
             output(
-                "qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2",
+                "qemu-img", "create", "-q", "-f", "qcow2", "-F", told["backing-filename-format"],
                 "-b", told["full-backing-filename"], str(disks[node]), str(told["virtual-size"]),
             )  # fmt: skip
             words = without_libvirt(
