@@ -328,6 +328,10 @@ def _disk(node: NodeSpec) -> str:
 
 def _shape(placement: Placement) -> str:
     node = placement.node
-    parts = [f"{node.cpus} CPU{'s' if node.cpus > 1 else ''}", show_size(node.memory), str(placement.ip)]
+    parts = [
+        f"{node.cpus} CPU{'s' if node.cpus > 1 else ''}",
+        show_size(node.memory),
+        str(placement.ip),
+    ]
     parts += [f"GPU {card.gpu} ({card.id})" for card in placement.cards]
     return ", ".join(parts)
