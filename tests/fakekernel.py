@@ -126,10 +126,10 @@ class FakeKernel(Kernel):
             if bound is None and chosen is not None:
                 self.attach(address, chosen)
         elif operation == "bind":
-            if bound is not None:
-                return errno.EBUSY
             if not self.matches(driver, address):
                 return errno.ENODEV
+            if bound is not None:
+                return errno.EBUSY
             self.attach(address, driver)
         else:
             return errno.EINVAL

@@ -56,13 +56,14 @@ def detach(
         raise BadInput("name the GPUs to detach, or give --all", remedy="gpupt list shows them")
     wanted = tuple(named_gpu(text, state=settings.state) for text in gpus)
 
+    said: set[str] = set()
+
     def decide(host: Host, ledger: Ledger) -> Plan:
         preflight = read_preflight(settings, host, boot_gpu=boot_gpu)
         chosen = wanted
         if everything:
             chosen, left = choose_all(host, loans=ledger.loans, preflight=preflight)
-            for address, why in left:
-                settings.say(f"leaving {address}: {why}")
+            say_once(settings, said, (f"leaving {address}: {why}" for address, why in left))
             if not chosen:
                 raise Refused("no GPU can be detached", details=tuple(f"{a}: {w}" for a, w in left))
         return plan_detach(host, gpus=chosen, loans=ledger.loans, preflight=preflight)
@@ -92,21 +93,33 @@ def attach(
         raise BadInput("name the GPUs to attach, or give --all", remedy="gpupt status shows them")
     wanted = tuple(named_gpu(text, state=settings.state) for text in gpus)
 
+    said: set[str] = set()
+
     def decide(host: Host, ledger: Ledger) -> Plan:
         chosen = wanted
         if everything:
-            chosen = free_loans(settings, ledger.loans)
+            chosen, staying = free_loans(ledger.loans)
+            say_once(settings, said, staying)
         return plan_attach(host, gpus=chosen, loans=ledger.loans)
 
     change(settings, decide, dry_run=dry_run, yes=yes)
 
 
-def free_loans(settings: Settings, loans: Loans) -> tuple[PciAddress, ...]:
-    """The GPUs that ``attach --all`` gives back; says which stay with their nodes."""
-    for loan in loans.values():
-        if loan.node is not None:
-            settings.say(f"leaving {loan.gpu}: lent to {loan.cluster}/{loan.node}")
-    return tuple(loan.gpu for loan in loans.values() if loan.node is None)
+def free_loans(loans: Loans) -> tuple[tuple[PciAddress, ...], list[str]]:
+    """The GPUs that ``attach --all`` gives back, and a line for each that stays with its node."""
+    lent = [loan for loan in loans.values() if loan.node is not None]
+    return (
+        tuple(loan.gpu for loan in loans.values() if loan.node is None),
+        [f"leaving {loan.gpu}: lent to {loan.cluster}/{loan.node}" for loan in lent],
+    )
+
+
+def say_once(settings: Settings, said: set[str], lines: Iterable[str]) -> None:
+    """Say what was not said yet: a plan is decided again under the lock."""
+    for line in lines:
+        if line not in said:
+            said.add(line)
+            settings.say(line)
 
 
 def read_preflight(settings: Settings, host: Host, *, boot_gpu: bool) -> Preflight:

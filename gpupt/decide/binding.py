@@ -129,7 +129,8 @@ def plan_attach(host: Host, *, gpus: Sequence[PciAddress], loans: Loans) -> Plan
     actions.extend(
         EraseLoan(loan.gpu, why="once every function is verified to be back") for loan in returning
     )
-    return Plan("attach", " ".join(str(address) for address in sorted(set(gpus))), tuple(actions))
+    names = " ".join(str(address) for address in sorted(set(gpus)))
+    return Plan("attach", names or "no GPU", tuple(actions))
 
 
 def require_returnable(host: Host, loan: Loan) -> Loan:

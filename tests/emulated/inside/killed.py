@@ -1,0 +1,102 @@
+"""Run in the emulated host: detach and attach, killed at every boundary, and recovered.
+
+Prints a JSON object: how many boundaries there were, and those after which a function was
+not where it had been.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+from gpupt.actions import Action, Plan
+from gpupt.apply.execute import execute
+from gpupt.apply.recover import recover
+from gpupt.apply.world import World
+from gpupt.decide.binding import Preflight, choose_all, plan_attach, plan_detach
+from gpupt.edges.journal import Journal, read_ledger
+from gpupt.edges.kernel import Kernel
+from gpupt.edges.sysfs import read_host
+
+ROOT = Path("/")
+STATE = Path(tempfile.mkdtemp(prefix="killed-"))
+
+
+def quiet(line: str) -> None:
+    """Narrate to nobody."""
+
+
+def bindings() -> dict[str, tuple[str | None, str | None]]:
+    """Every function's driver and override."""
+    return {
+        str(address): (device.binding.driver, device.binding.override)
+        for address, device in read_host(ROOT, whole=True).devices.items()
+    }
+
+
+def decide(verb: str) -> Plan:
+    host, loans = read_host(ROOT, whole=True), read_ledger(STATE).loans
+    if verb == "attach":
+        return plan_attach(host, gpus=tuple(loans), loans=loans)
+    taken, _ = choose_all(host, loans=loans, preflight=Preflight())
+    return plan_detach(host, gpus=taken, loans=loans, preflight=Preflight())
+
+
+def killed(plan: Plan, *, at: int | None = None) -> bool:
+    """Carry a plan out in a process that SIGKILL ends at its ``at``-th boundary."""
+    child = os.fork()
+    if child == 0:
+        passed = 0
+
+        def boundary(point: str, action: Action) -> None:
+            nonlocal passed
+            if passed == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            passed += 1
+
+        try:
+            with Journal(STATE) as journal:
+                execute(plan, world=World(Kernel(ROOT), journal, quiet, None, boundary))
+        finally:
+            os._exit(0)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+def recover_all() -> None:
+    with Journal(STATE) as journal:
+        host = read_host(ROOT, whole=True)
+        for run in reversed(journal.ledger.unfinished):
+            recover(run, host=host, world=World(Kernel(ROOT), journal, quiet))
+
+
+def sweep(verb: str, at_home: dict[str, tuple[str | None, str | None]]) -> tuple[int, list[str]]:
+    """Kill the verb at each of its boundaries; the number of them, and what went wrong."""
+    astray = []
+    boundaries = len(decide(verb).actions) * 4
+    for at in range(boundaries):
+        if not killed(decide(verb), at=at):
+            astray.append(f"{verb} {at}: was not killed")
+        recover_all()
+        ledger = read_ledger(STATE)
+        if bindings() != at_home or ledger.loans or ledger.unfinished:
+            astray.append(f"{verb} {at}: {bindings()}")
+        if verb == "attach":
+            killed(decide("detach"))
+    return boundaries, astray
+
+
+if __name__ == "__main__":
+    home = bindings()
+    there, wrong = sweep("detach", home)
+    killed(decide("detach"))
+    back, more = sweep("attach", home)
+    killed(decide("attach"))
+    json.dump(
+        {"boundaries": there + back, "astray": wrong + more, "home": bindings() == home},
+        sys.stdout,
+    )
+    print()
