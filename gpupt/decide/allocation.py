@@ -65,10 +65,12 @@ def allocate(
         for address, place in named[node.name]:
             holder = taken.get(address)
             if holder is not None and holder != (spec.name, node.name):
+                cluster, name = holder
+                remedy = f"gpupt down {cluster}" if cluster else f"virsh shutdown {name}"
                 raise Refused(
-                    f"GPU {address} is already lent to {'/'.join(holder)}",
+                    f"GPU {address} is {_had_by(holder)}",
                     details=_at(place),
-                    remedy=f"gpupt down {holder[0]}, or name another GPU",
+                    remedy=f"{remedy}, or name another GPU",
                 )
             if address in given:
                 raise BadInput(
@@ -227,13 +229,14 @@ def _resolve_named(
 def _holders(
     loans: Iterable[Loan], domains: Iterable[Domain]
 ) -> Iterable[tuple[tuple[str, str], PciAddress]]:
-    """Who has which function: (cluster, node) from the loans, foreign domains by name."""
+    """Who has which function: cluster and node; no cluster, and the name, for a foreign
+    domain."""
     for domain in domains:
         member = domain.membership
         # A domain that only names a device, and does not run, holds nothing.
         if member is None and domain.running:
             for address in domain.hostdevs:
-                yield ("domain", domain.name), address
+                yield ("", domain.name), address
         elif member is not None:
             for address in member.gpus:
                 yield (member.cluster, member.node), address
@@ -292,10 +295,15 @@ class _Pool:
     def why_not(self, gpu: Gpu) -> str:
         """Why a GPU is not to be had, or that it is."""
         if gpu.address in self.taken:
-            return f"lent to {'/'.join(self.taken[gpu.address])}"
+            return _had_by(self.taken[gpu.address])
         if gpu.address in self.given:
             return f"goes to {self.given[gpu.address]}"
         return "; ".join(reason.brief for reason in self.unfit.get(gpu.address, ())) or "free"
+
+
+def _had_by(holder: tuple[str, str]) -> str:
+    cluster, name = holder
+    return f"lent to {cluster}/{name}" if cluster else f"in libvirt's domain {name!r}"
 
 
 def _gpus(count: int) -> str:
