@@ -5,13 +5,10 @@ Every action says what shall be: performed twice, the second changes nothing.
 
 from __future__ import annotations
 
-import json
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING
 
 from gpupt.actions import (
     Action,
@@ -26,6 +23,8 @@ from gpupt.actions import (
     StopNetwork,
     StopNode,
 )
+from gpupt.apply.clusterworld import ClusterWorld
+from gpupt.apply.waits import await_node, await_roll
 from gpupt.apply.world import World
 from gpupt.decide.domain import (
     Credential,
@@ -36,99 +35,19 @@ from gpupt.decide.domain import (
     view_hosts,
     view_network,
 )
-from gpupt.decide.facts import NodeFacts, assess_facts, parse_facts
 from gpupt.decide.inverse import inverse
-from gpupt.edges.clusterfolder import AUTHORIZED_KEYS, HOST_KEY, HOSTS, ClusterFolder
-from gpupt.edges.hypervisor import Hypervisor
+from gpupt.edges.clusterfolder import AUTHORIZED_KEYS, HOST_KEY, HOSTS
 from gpupt.edges.images import find_image
 from gpupt.edges.templates import render_view
-from gpupt.errors import DeadlineExceeded, Failed, GpuptError
+from gpupt.errors import DeadlineExceeded, Failed
 from gpupt.model.cluster import Allocation, Domain, Placement
-from gpupt.model.roll import Check, Image, Roll
+from gpupt.model.roll import Image
 
 if TYPE_CHECKING:
-    from gpupt.edges.ssh import Ssh
+    pass
 
 # What a guest gets to power off by itself: long enough for a driver to let its card go.
 STOP_SECONDS = 20.0
-SAY_EVERY = 10.0
-FACTS_SECONDS = 180.0
-
-
-@dataclass(slots=True)
-class ClusterWorld:
-    """What cluster actions act on, beside the host's World: libvirt, the state folder, the
-    rolls, and the connections to nodes, each opened when it is first needed.
-
-    ``bake`` makes an image of that digest; ``accelerated`` says whether KVM runs guests,
-    ``slow`` that this host is itself an emulated one."""
-
-    state: Path
-    uri: str
-    rolls: Mapping[str, Roll]
-    bake: Callable[[BakeImage], None]
-    accelerated: Callable[[], bool]
-    hypervisor_open: Hypervisor | None = None
-    slow: bool = False
-    numa_nodes: int = 1
-    connections: dict[tuple[str, str], Ssh] = field(default_factory=dict)
-    facts: dict[str, NodeFacts] = field(default_factory=dict)
-    # When each node was started (monotonic), and after how many seconds it was ready.
-    started: dict[str, float] = field(default_factory=dict)
-    ready: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def hypervisor(self) -> Hypervisor:
-        if self.hypervisor_open is None:
-            self.hypervisor_open = Hypervisor.connect(self.uri)
-        return self.hypervisor_open
-
-    def folder(self, cluster: str) -> ClusterFolder:
-        return ClusterFolder(self.state, cluster)
-
-    def ssh(
-        self,
-        cluster: str,
-        placement: Placement,
-        *,
-        deadline: float,
-        alive: Callable[[], None] = lambda: None,
-    ) -> Ssh:
-        """The connection to a node, kept; raises Failed, DeadlineExceeded."""
-        from gpupt.edges.ssh import Ssh
-
-        name = placement.node.name
-        kept = self.connections.get((cluster, name))
-        if kept is None:
-            folder = self.folder(cluster)
-            kept = Ssh.connect(
-                str(placement.ip),
-                key=folder.key,
-                host_key=folder.host_key(name),
-                deadline=deadline,
-                waiting_for=name,
-                alive=alive,
-            )
-            self.connections[(cluster, name)] = kept
-        return kept
-
-    def hang_up(self, cluster: str, node: str) -> None:
-        """Close the connection to a node that is about to go."""
-        kept = self.connections.pop((cluster, node), None)
-        if kept is not None:
-            kept.close()
-
-    def hang_up_all(self) -> None:
-        """Close the connections to nodes."""
-        for cluster, node in list(self.connections):
-            self.hang_up(cluster, node)
-
-    def close(self) -> None:
-        """Close every connection."""
-        self.hang_up_all()
-        if self.hypervisor_open is not None:
-            self.hypervisor_open.close()
-            self.hypervisor_open = None
 
 
 def perform(action: Action, world: World) -> None:
@@ -282,107 +201,3 @@ def is_member(domain: Domain | None, cluster: str) -> bool:
     """Whether the domain is there, and a node of that cluster."""
     member = None if domain is None else domain.membership
     return member is not None and member.cluster == cluster
-
-
-def await_node(action: AwaitNode, ours: ClusterWorld, *, narrate: Callable[[str], None]) -> None:
-    """Wait for SSH, then hold what the node says of itself against what it was given."""
-    placement = action.placement
-    node = placement.node.name
-    name = domain_name(action.cluster, node)
-    folder = ours.folder(action.cluster)
-    begun = ours.started.get(node, time.monotonic())
-    said = begun
-
-    def alive() -> None:
-        nonlocal said
-        found = ours.hypervisor.domain(name)
-        if found is None or not found.running:
-            raise Failed(
-                f"{node} went down while it was waited for",
-                details=folder.last_words(node),
-                remedy=f"its whole console is kept in {folder.console(node)}",
-            )
-        now = time.monotonic()
-        if now - said >= SAY_EVERY:
-            said = now
-            narrate(
-                f"waiting for {node} to answer SSH ({now - begun:.0f} s of {action.deadline} s)"
-            )
-
-    try:
-        ssh = ours.ssh(action.cluster, placement, deadline=action.deadline, alive=alive)
-        facts = parse_facts(ssh.run(["gpupt-node", "facts"], deadline=FACTS_SECONDS).stdout)
-    except GpuptError as error:
-        if any(folder.console(node).name in line for line in error.details):
-            raise
-        raise type(error)(
-            error.brief,
-            details=(*error.details, *folder.last_words(node)),
-            remedy=error.remedy or f"its whole console is kept in {folder.console(node)}",
-        ) from error
-    wrong = assess_facts(facts, cluster=action.cluster, placement=placement)
-    if wrong:
-        raise Failed(
-            f"{node} is up and not what was declared: {wrong[0]}",
-            details=(*wrong, *folder.last_words(node, lines=5)),
-            remedy=f"its whole console is kept in {folder.console(node)}",
-        )
-    ours.facts[node] = facts
-    ours.ready[node] = time.monotonic() - begun
-    seen = Counter(f"{gpu.id}" for gpu in facts.gpus)
-    shown = ", ".join(f"{count} × {name}" for name, count in seen.items()) or "no GPU, as declared"
-    narrate(f"{node} is up after {ours.ready[node]:.0f} s and sees {shown}")
-
-
-def await_roll(action: AwaitRoll, ours: ClusterWorld, *, narrate: Callable[[str], None]) -> None:
-    """Run the roll's checks on the nodes of their roles until each passes."""
-    roll = ours.rolls.get(action.roll)
-    record = ours.folder(action.cluster).read()
-    if roll is None or record is None:
-        missing = "its record" if record is None else f"the roll {action.roll}"
-        raise Failed(f"{action.cluster}: {missing} is gone")
-    for check in roll.checks:
-        for placement in record.allocation.placements:
-            if placement.node.role.value in check.roles:
-                ssh = ours.ssh(action.cluster, placement, deadline=60)
-                pass_check(check, ssh=ssh, roll=roll.name, narrate=narrate)
-
-
-def pass_check(check: Check, *, ssh: Ssh, roll: str, narrate: Callable[[str], None]) -> None:
-    """Try a check on a node until it passes; raises DeadlineExceeded with what it said last."""
-    begun = time.monotonic()
-    said = begun
-    output: tuple[str, ...] = ()
-    while (left := check.deadline - (time.monotonic() - begun)) > 0:
-        try:
-            done = ssh.run(check.command, deadline=max(left, 1), check=False)
-        except DeadlineExceeded as error:
-            output = error.details
-            break
-        if done.status == 0:
-            return
-        output = tuple((done.stderr.strip() or done.stdout.strip()).splitlines()[-8:])
-        now = time.monotonic()
-        if now - said >= SAY_EVERY:
-            said = now
-            narrate(
-                f"waiting for {roll}: {check.name} on {ssh.name} "
-                f"({now - begun:.0f} s of {check.deadline} s)"
-            )
-        time.sleep(min(1.0, max(left, 0)))
-    raise DeadlineExceeded(
-        f"{roll}: {check.name} did not pass on {ssh.name} within {check.deadline} s",
-        details=(" ".join(check.command), *output),
-    )
-
-
-def last_json(text: str) -> dict[str, Any] | None:
-    """The object on the last line that is one; None when there is none."""
-    for line in reversed(text.splitlines()):
-        try:
-            found = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(found, dict):
-            return found
-    return None

@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 
 from gpupt.actions import Action, Ledger, Plan
-from gpupt.apply.cluster import ClusterWorld
+from gpupt.apply.clusterworld import ClusterWorld
 from gpupt.apply.execute import execute
 from gpupt.apply.world import World
 from gpupt.cli.binding import read_preflight

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gpupt.actions import BakeImage, Ledger
-from gpupt.apply.cluster import ClusterWorld
+from gpupt.apply.clusterworld import ClusterWorld
 from gpupt.cli.context import Settings
 from gpupt.cli.naming import read_aliases
 from gpupt.decide.allocation import allocate, assess_subnet

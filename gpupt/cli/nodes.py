@@ -9,7 +9,8 @@ from difflib import get_close_matches
 
 import click
 
-from gpupt.apply.cluster import ClusterWorld, last_json
+from gpupt.apply.clusterworld import ClusterWorld
+from gpupt.apply.waits import last_json
 from gpupt.cli.clusterworld import cluster_world
 from gpupt.cli.context import Settings, common
 from gpupt.decide.domain import domain_name

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path, PurePosixPath
 
-from gpupt.apply.cluster import ClusterWorld, node_view
+from gpupt.apply.cluster import node_view
+from gpupt.apply.clusterworld import ClusterWorld
 from gpupt.cli.clusterworld import aliases_of, cluster_world, remembered, stack_of
 from gpupt.cli.context import Settings
 from gpupt.decide.allocation import allocate

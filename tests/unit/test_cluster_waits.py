@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from test_ssh import Server, connect, server  # noqa: F401 (a fixture)
 
-from gpupt.apply.cluster import last_json, pass_check
+from gpupt.apply.waits import last_json, pass_check
 from gpupt.errors import DeadlineExceeded
 from gpupt.model.roll import Check
 

@@ -1,0 +1,126 @@
+"""Waits for nodes and for what their rolls prove, each with a deadline and a name."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from gpupt.actions import AwaitNode, AwaitRoll
+from gpupt.apply.clusterworld import ClusterWorld
+from gpupt.decide.domain import domain_name
+from gpupt.decide.facts import assess_facts, parse_facts
+from gpupt.errors import DeadlineExceeded, Failed, GpuptError
+from gpupt.model.roll import Check
+
+if TYPE_CHECKING:
+    from gpupt.edges.ssh import Ssh
+
+SAY_EVERY = 10.0
+FACTS_SECONDS = 180.0
+
+
+def await_node(action: AwaitNode, ours: ClusterWorld, *, narrate: Callable[[str], None]) -> None:
+    """Wait for SSH, then hold what the node says of itself against what it was given."""
+    placement = action.placement
+    node = placement.node.name
+    name = domain_name(action.cluster, node)
+    folder = ours.folder(action.cluster)
+    begun = ours.started.get(node, time.monotonic())
+    said = begun
+
+    def alive() -> None:
+        nonlocal said
+        found = ours.hypervisor.domain(name)
+        if found is None or not found.running:
+            raise Failed(
+                f"{node} went down while it was waited for",
+                details=folder.last_words(node),
+                remedy=f"its whole console is kept in {folder.console(node)}",
+            )
+        now = time.monotonic()
+        if now - said >= SAY_EVERY:
+            said = now
+            narrate(
+                f"waiting for {node} to answer SSH ({now - begun:.0f} s of {action.deadline} s)"
+            )
+
+    try:
+        ssh = ours.ssh(action.cluster, placement, deadline=action.deadline, alive=alive)
+        facts = parse_facts(ssh.run(["gpupt-node", "facts"], deadline=FACTS_SECONDS).stdout)
+    except GpuptError as error:
+        if any(folder.console(node).name in line for line in error.details):
+            raise
+        raise type(error)(
+            error.brief,
+            details=(*error.details, *folder.last_words(node)),
+            remedy=error.remedy or f"its whole console is kept in {folder.console(node)}",
+        ) from error
+    wrong = assess_facts(facts, cluster=action.cluster, placement=placement)
+    if wrong:
+        raise Failed(
+            f"{node} is up and not what was declared: {wrong[0]}",
+            details=(*wrong, *folder.last_words(node, lines=5)),
+            remedy=f"its whole console is kept in {folder.console(node)}",
+        )
+    ours.facts[node] = facts
+    ours.ready[node] = time.monotonic() - begun
+    seen = Counter(f"{gpu.id}" for gpu in facts.gpus)
+    shown = ", ".join(f"{count} × {name}" for name, count in seen.items()) or "no GPU, as declared"
+    narrate(f"{node} is up after {ours.ready[node]:.0f} s and sees {shown}")
+
+
+def await_roll(action: AwaitRoll, ours: ClusterWorld, *, narrate: Callable[[str], None]) -> None:
+    """Run the roll's checks on the nodes of their roles until each passes."""
+    roll = ours.rolls.get(action.roll)
+    record = ours.folder(action.cluster).read()
+    if roll is None or record is None:
+        missing = "its record" if record is None else f"the roll {action.roll}"
+        raise Failed(f"{action.cluster}: {missing} is gone")
+    for check in roll.checks:
+        for placement in record.allocation.placements:
+            if placement.node.role.value in check.roles:
+                ssh = ours.ssh(action.cluster, placement, deadline=60)
+                pass_check(check, ssh=ssh, roll=roll.name, narrate=narrate)
+
+
+def pass_check(check: Check, *, ssh: Ssh, roll: str, narrate: Callable[[str], None]) -> None:
+    """Try a check on a node until it passes; raises DeadlineExceeded with what it said last."""
+    begun = time.monotonic()
+    said = begun
+    output: tuple[str, ...] = ()
+    while (left := check.deadline - (time.monotonic() - begun)) > 0:
+        try:
+            done = ssh.run(check.command, deadline=max(left, 1), check=False)
+        except DeadlineExceeded as error:
+            output = error.details
+            break
+        if done.status == 0:
+            return
+        output = tuple((done.stderr.strip() or done.stdout.strip()).splitlines()[-8:])
+        now = time.monotonic()
+        if now - said >= SAY_EVERY:
+            said = now
+            narrate(
+                f"waiting for {roll}: {check.name} on {ssh.name} "
+                f"({now - begun:.0f} s of {check.deadline} s)"
+            )
+        time.sleep(min(1.0, max(left, 0)))
+    raise DeadlineExceeded(
+        f"{roll}: {check.name} did not pass on {ssh.name} within {check.deadline} s",
+        details=(" ".join(check.command), *output),
+    )
+
+
+def last_json(text: str) -> dict[str, Any] | None:
+    """The object on the last line that is one; None when there is none."""
+    for line in reversed(text.splitlines()):
+        try:
+            found = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(found, dict):
+            return found
+    return None
