@@ -1,36 +1,72 @@
-"""One emulated host for the whole tier; whatever is shown by it is shown on emulated cards."""
+"""The emulated GPU host that the tests of this folder share: baked, booted, taken down."""
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-from collections.abc import Iterator
-from pathlib import Path
+import json
+import os
+from collections.abc import Callable, Iterator
 
 import pytest
-from emulatedhost import GPUPT, EmulatedHost
+from emulatedhost import MEMORY, NAME, STATE, Host, gpupt
 
-INSIDE = Path(__file__).parent / "inside"
-BOOT_SECONDS = 900
+from gpupt.lab.host import Lab, find_lab
+from gpupt.lab.story import Facts
 
 
 @pytest.fixture(scope="session")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmulatedHost]:
-    """A host of its own, booted for the tier and removed after it."""
-    share = tmp_path_factory.mktemp("share")
-    shutil.copytree(INSIDE, share, dirs_exist_ok=True)
-    name = "test-tier"
-    down = [GPUPT, "lab", "down", "--name", name]
-    subprocess.run(down, capture_output=True, check=False, timeout=120)
-    booted = subprocess.run(
-        [GPUPT, "lab", "up", "--name", name, "--share", share],
-        capture_output=True,
-        text=True,
-        timeout=BOOT_SECONDS,
-        check=False,
-    )
-    if "image is not there" in booted.stderr:
-        pytest.skip("the emulated host's image is not baked: gpupt image build gpupt")
-    assert booted.returncode == 0, booted.stderr
-    yield EmulatedHost(name, share)
-    subprocess.run(down, capture_output=True, check=False, timeout=120)
+def booted() -> Iterator[Lab]:
+    if os.geteuid() != 0:
+        pytest.skip("baking the images of the emulated host needs root")
+    gpupt("lab", "down", "--name", NAME)
+    for rolls in (["gpupt"], ["node"]):
+        built = gpupt("image", "build", *rolls)
+        assert built.returncode == 0, built.stderr
+    node = gpupt("--json", "image", "build", "node")
+    digest = json.loads(node.stdout)["image"]["digest"]
+    up = gpupt("lab", "up", "--name", NAME, "--memory", MEMORY, "--image", digest)
+    try:
+        assert up.returncode == 0, up.stderr
+        lab = find_lab(STATE, NAME)
+        assert lab is not None
+        yield lab
+    finally:
+        down = gpupt("lab", "down", "--name", NAME)
+        assert down.returncode == 0, down.stderr
+        assert find_lab(STATE, NAME) is None
+
+
+@pytest.fixture(scope="session")
+def connected(booted: Lab) -> Iterator[Host]:
+    host = Host(booted, booted.connect(deadline=60))
+    yield host
+    host.ssh.close()
+
+
+@pytest.fixture(scope="session")
+def as_booted(connected: Host) -> Facts:
+    """Every driver as it was before any test touched one."""
+    return connected.facts()
+
+
+@pytest.fixture
+def host(connected: Host, as_booted: Facts) -> Iterator[Host]:
+    """The host with everything of it at home, before the test and after."""
+    yield connected
+    left = as_booted.differences(connected.facts())
+    if left:
+        connected.run("gpupt", "recover", "--yes", check=False)
+        connected.run("gpupt", "attach", "--all", "--yes", check=False)
+    assert not left, "the test left drivers as they were not"
+
+
+@pytest.fixture
+def is_home(host: Host, as_booted: Facts) -> Callable[[], None]:
+    """Assert that every driver and override is as it was, and nothing is lent or unfinished."""
+
+    def look() -> None:
+        assert as_booted.differences(host.facts()) == ()
+        listed = host.gpupt("list")["gpus"]
+        assert [(gpu["state"], gpu["lease"]) for gpu in listed] == [("host", None)] * 3
+        assert host.gpupt("recover", "--dry-run")["actions"] == []
+
+    return look
