@@ -326,7 +326,7 @@ def demo_spec() -> Path:
     """The cluster file that the demo brings up."""
     from gpupt.edges.resources import resource_folder
 
-    return resource_folder("examples") / "herbarium.yaml"
+    return resource_folder("examples") / "emulated.yaml"
 
 
 @contextmanager

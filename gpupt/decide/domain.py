@@ -22,7 +22,19 @@ XML_NAMESPACE = "https://gpupt.dev/ns/1"
 CREDENTIALS = "opt/io.systemd.credentials"
 # Where every instruction costs a hundred: work that protects nobody there is left out, and
 # units get the time they take.
-SLOW_WORDS = "mitigations=off nokaslr no_timer_check systemd.default_timeout_start_sec=900"
+SLOW_WORDS = (
+    "mitigations=off nokaslr no_timer_check cryptomgr.notests loglevel=3 "
+    "systemd.default_timeout_start_sec=900 systemd.ssh_auto=no"
+)
+# Drivers that udev would load for the processor, the chipset and a card's sound, each with its
+# self-test or its stack of others, and that a node has no use for.  modprobe.blacklist= stops
+# the load by alias before its dependencies come; module_blacklist= would let them come.
+SLOW_MODULES = (
+    *("nouveau", "snd_hda_intel", "ahci", "i2c_i801", "lpc_ich", "iTCO_wdt", "intel_agp"),
+    *("kvm_amd", "kvm_intel", "ccp", "edac_mce_amd", "intel_rapl_msr", "pcspkr", "psmouse"),
+    *("aesni_intel", "ghash_clmulni_intel", "polyval_clmulni", "crct10dif_pclmul"),
+    *("crc32_pclmul", "sha1_ssse3", "sha256_ssse3", "sha512_ssse3", "cfg80211", "drm", "button"),
+)
 # Root ports 1 to 3 carry disk, network and rng; each card has a root port of its own after.
 FIRST_CARD_PORT = 4
 
@@ -187,7 +199,7 @@ def kernel_cmdline(spec: ClusterSpec, placement: Placement, *, slow: bool) -> st
         f"gpupt.cluster={spec.name}",
         f"gpupt.role={node.role.value}",
         f"gpupt.frontend={spec.frontend.name}",
-        *([SLOW_WORDS] if slow else []),
+        *([SLOW_WORDS, f"modprobe.blacklist={','.join(SLOW_MODULES)}"] if slow else []),
     ]
     return " ".join(words)
 
