@@ -33,7 +33,7 @@ SLOW_MODULES = (
     *("nouveau", "snd_hda_intel", "ahci", "i2c_i801", "lpc_ich", "iTCO_wdt", "intel_agp"),
     *("kvm_amd", "kvm_intel", "ccp", "edac_mce_amd", "intel_rapl_msr", "pcspkr", "psmouse"),
     *("aesni_intel", "ghash_clmulni_intel", "polyval_clmulni", "crct10dif_pclmul"),
-    *("crc32_pclmul", "sha1_ssse3", "sha256_ssse3", "sha512_ssse3", "cfg80211", "drm", "button"),
+    *("crc32_pclmul", "sha1_ssse3", "sha256_ssse3", "sha512_ssse3", "cfg80211", "drm"),
 )
 # Root ports 1 to 3 carry disk, network and rng; each card has a root port of its own after.
 FIRST_CARD_PORT = 4
