@@ -6,6 +6,8 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from gpupt.actions import AwaitNode, AwaitRoll
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
 
 SAY_EVERY = 10.0
 FACTS_SECONDS = 180.0
+CONNECT_SECONDS = 120.0
+# An emulated host's nodes share its few slow processors, and are several times slower still.
+SLOW_FACTOR = 4
 
 
 def await_node(action: AwaitNode, ours: ClusterWorld, *, narrate: Callable[[str], None]) -> None:
@@ -28,6 +33,7 @@ def await_node(action: AwaitNode, ours: ClusterWorld, *, narrate: Callable[[str]
     node = placement.node.name
     name = domain_name(action.cluster, node)
     folder = ours.folder(action.cluster)
+    deadline = action.deadline * (2 if ours.slow else 1)
     begun = ours.started.get(node, time.monotonic())
     said = begun
 
@@ -43,12 +49,10 @@ def await_node(action: AwaitNode, ours: ClusterWorld, *, narrate: Callable[[str]
         now = time.monotonic()
         if now - said >= SAY_EVERY:
             said = now
-            narrate(
-                f"waiting for {node} to answer SSH ({now - begun:.0f} s of {action.deadline} s)"
-            )
+            narrate(f"waiting for {node} to answer SSH ({now - begun:.0f} s of {deadline} s)")
 
     try:
-        ssh = ours.ssh(action.cluster, placement, deadline=action.deadline, alive=alive)
+        ssh = ours.ssh(action.cluster, placement, deadline=deadline, alive=alive)
         facts = parse_facts(ssh.run(["gpupt-node", "facts"], deadline=FACTS_SECONDS).stdout)
     except GpuptError as error:
         if any(folder.console(node).name in line for line in error.details):
@@ -80,36 +84,54 @@ def await_roll(action: AwaitRoll, ours: ClusterWorld, *, narrate: Callable[[str]
         missing = "its record" if record is None else f"the roll {action.roll}"
         raise Failed(f"{action.cluster}: {missing} is gone")
     for check in roll.checks:
+        patient = replace(check, deadline=check.deadline * (SLOW_FACTOR if ours.slow else 1))
         for placement in record.allocation.placements:
             if placement.node.role.value in check.roles:
-                ssh = ours.ssh(action.cluster, placement, deadline=60)
-                pass_check(check, ssh=ssh, roll=roll.name, narrate=narrate)
+                node = partial(ours.ssh, action.cluster, placement, deadline=CONNECT_SECONDS)
+                drop = partial(ours.hang_up, action.cluster, placement.node.name)
+                pass_check(patient, node=node, drop=drop, roll=roll.name, narrate=narrate)
 
 
-def pass_check(check: Check, *, ssh: Ssh, roll: str, narrate: Callable[[str], None]) -> None:
-    """Try a check on a node until it passes; raises DeadlineExceeded with what it said last."""
+def pass_check(
+    check: Check,
+    *,
+    node: Callable[[], Ssh],
+    drop: Callable[[], None],
+    roll: str,
+    narrate: Callable[[str], None],
+) -> None:
+    """Try a check on a node until it passes; raises DeadlineExceeded with what it said last.
+
+    ``node`` gives the connection to it; one that was lost is dropped by ``drop`` and made
+    anew: a node that is busy is slow to answer.
+    """
     begun = time.monotonic()
     said = begun
+    name = ""
     output: tuple[str, ...] = ()
     while (left := check.deadline - (time.monotonic() - begun)) > 0:
         try:
+            ssh = node()
+            name = f" on {ssh.name}"
             done = ssh.run(check.command, deadline=max(left, 1), check=False)
-        except DeadlineExceeded as error:
-            output = error.details
-            break
-        if done.status == 0:
-            return
-        output = tuple((done.stderr.strip() or done.stdout.strip()).splitlines()[-8:])
+        except Failed as error:
+            # What the last whole try said tells more than that this one was cut off.
+            output = output or (error.brief, *error.details)
+            drop()
+        else:
+            if done.status == 0:
+                return
+            output = tuple((done.stderr.strip() or done.stdout.strip()).splitlines()[-8:])
         now = time.monotonic()
         if now - said >= SAY_EVERY:
             said = now
             narrate(
-                f"waiting for {roll}: {check.name} on {ssh.name} "
+                f"waiting for {roll}: {check.name}{name} "
                 f"({now - begun:.0f} s of {check.deadline} s)"
             )
-        time.sleep(min(1.0, max(left, 0)))
+        time.sleep(min(1.0, max(check.deadline - (now - begun), 0)))
     raise DeadlineExceeded(
-        f"{roll}: {check.name} did not pass on {ssh.name} within {check.deadline} s",
+        f"{roll}: {check.name} did not pass{name} within {check.deadline} s",
         details=(" ".join(check.command), *output),
     )
 
