@@ -147,6 +147,7 @@ def main() -> None:
                 print(theirs)
                 goal = "at most 8 at 64 functions"
                 ratio("gpupt list / lspci -Dnn", ours.best / theirs.best, target=goal)
+                ratio("the same in processor time", ours.cpu / theirs.cpu, target=goal)
             else:
                 print("lspci: not compared: it is not installed")
             if virsh is not None:
