@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -204,12 +203,20 @@ def memory_limits(reader: Reader) -> MemoryLimits | None:
     )
     return MemoryLimits(
         locked=None if hard == "unlimited" else int(hard),
-        as_root=os.geteuid() == 0,
+        as_root=effective_user(reader) == 0,
         dma_entries=reader.number(
             "sys/module/vfio_iommu_type1/parameters/dma_entry_limit", base=10
         ),
         total=total,
     )
+
+
+def effective_user(reader: Reader) -> int:
+    """The effective user of the process that reads, or that recorded the tree; 0 if not told."""
+    for line in reader.whole("proc/self/status").splitlines():
+        if line.startswith("Uid:"):
+            return int(line.split()[2])
+    return 0
 
 
 def stuck_unbinds(reader: Reader) -> Iterator[StuckUnbind]:

@@ -97,6 +97,9 @@ def reduced_files(reader: Reader) -> Iterator[tuple[str, bytes]]:
     """Long or private files, as far as gpupt reads them."""
     words = [word for word in reader.whole("proc/cmdline").split() if BOOT_WORDS.match(word)]
     yield "proc/cmdline", (" ".join(words) + "\n").encode()
+    for line in reader.whole("proc/self/status").splitlines():
+        if line.startswith("Uid:"):
+            yield "proc/self/status", f"{line}\n".encode()
     chips = [
         " ".join(word for word in line.split() if not word.strip(":").isdigit())
         for line in reader.whole("proc/interrupts").splitlines()[1:]
