@@ -13,7 +13,7 @@ from pathlib import PurePosixPath
 from uuid import NAMESPACE_URL, uuid5
 
 from gpupt.decide.allocation import bridge_of
-from gpupt.model.cluster import Allocation, ClusterSpec, Placement, Role
+from gpupt.model.cluster import Allocation, ClusterSpec, Placement
 from gpupt.model.pci import PciAddress
 from gpupt.model.roll import Image
 
@@ -223,8 +223,3 @@ def spec_digest(spec: ClusterSpec) -> str:
     ]
     whole = "\n".join([spec.name, ",".join(spec.rolls), str(spec.subnet), *nodes])
     return sha256(whole.encode()).hexdigest()[:12]
-
-
-def is_compute(placement: Placement) -> bool:
-    """Whether the node is a worker."""
-    return placement.node.role is Role.COMPUTE
