@@ -125,8 +125,9 @@ def up(settings: Settings, *, file: Path, dry_run: bool, yes: bool) -> None:
         decided, outlook, findings = decide_up(settings, read, hypervisor=hypervisor)
         say_findings(settings, findings)
         ours = cluster_world(settings, hypervisor=hypervisor)
-        if consent(settings, decided, dry_run=dry_run, yes=yes):
+        if decided.actions and not dry_run:
             require_bakery(outlook)
+        if consent(settings, decided, dry_run=dry_run, yes=yes):
             ClusterFolder(settings.state, read.spec.name).require_passable()
             with changing_world(settings, ours, watch=watch) as world:
                 again, _, _ = decide_up(

@@ -218,6 +218,7 @@ class Hypervisor:
             running=bool(handle.isActive()),
             membership=membership_in(root),
             hostdevs=_hostdevs_in(root),
+            type=root.get("type", ""),
         )
 
     @staticmethod

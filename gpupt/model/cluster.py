@@ -111,13 +111,14 @@ class Membership:
 class Domain:
     """A libvirt domain as read; ``membership`` None: not one of ours.
 
-    ``hostdevs`` holds every PCI function of the host that its definition names."""
+    ``type`` is libvirt's: kvm, or qemu for emulation.  ``hostdevs`` holds every PCI function of the host that its definition names."""
 
     name: str
     uuid: str
     running: bool
     membership: Membership | None = None
     hostdevs: tuple[PciAddress, ...] = ()
+    type: str = ""
 
 
 @dataclass(frozen=True, slots=True)

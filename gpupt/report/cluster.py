@@ -20,7 +20,6 @@ class NodeStatus:
     placement: Placement
     domain: Domain | None
     facts: NodeFacts | None = None
-    domain_type: str | None = None
     ready: float | None = None
 
     @property
@@ -40,7 +39,7 @@ def node_json(status: NodeStatus) -> dict[str, Any]:
         "role": placement.node.role.value,
         "ip": str(placement.ip),
         "state": status.state,
-        "domain_type": status.domain_type,
+        "domain_type": None if status.domain is None else status.domain.type,
         "gpus": [str(gpu) for gpu in placement.gpus],
         "gpus_seen": None if facts is None else [seen_json(gpu) for gpu in facts.gpus],
         "home": None if facts is None else facts.home,

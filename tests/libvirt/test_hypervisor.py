@@ -80,6 +80,7 @@ def test_domain_is_made_read_and_ended(hypervisor: Hypervisor, state: Path) -> N
     domain = hypervisor.domain(f"{CLUSTER}-frontend")
     assert domain is not None
     assert domain.running
+    assert domain.type == "qemu"
     assert domain.membership is not None
     assert (domain.membership.cluster, domain.membership.node) == (CLUSTER, "frontend")
     assert domain in hypervisor.domains()

@@ -47,7 +47,8 @@ def test_nodes_for_a_person(golden: Callable[[str, str], None]) -> None:
 
 def test_node_for_a_program() -> None:
     placement = ALLOCATION.of("compute-1")
-    told = node_json(NodeStatus(placement, AROUND.domains[2], facts=SEEN, ready=12.34))
+    told = node_json(NodeStatus(placement, replace(AROUND.domains[2], type="kvm"), SEEN, 12.34))
+    assert told["domain_type"] == "kvm"
     assert told["gpus"] == [str(GPU)]
     assert told["gpus_seen"] == [
         {"address": "0000:04:00.0", "vendor_id": "10de", "device_id": "1eb8"}
