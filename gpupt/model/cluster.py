@@ -111,7 +111,8 @@ class Membership:
 class Domain:
     """A libvirt domain as read; ``membership`` None: not one of ours.
 
-    ``type`` is libvirt's: kvm, or qemu for emulation.  ``hostdevs`` holds every PCI function of the host that its definition names."""
+    ``type`` is libvirt's: kvm, or qemu for emulation.  ``hostdevs`` holds every PCI function
+    of the host that its definition names."""
 
     name: str
     uuid: str
