@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from machines import NAMES
+from machines import NAMES, unpack
 
 from gpupt.cli.main import cli
 from gpupt.decide.viability import closure
@@ -20,10 +19,9 @@ RECORDED = sorted(path.name.removesuffix(".tar.gz") for path in HERE.glob("*.tar
 Golden = Callable[[str, str], None]
 
 
-def unpack(name: str, folder: Path) -> Path:
+def planted(name: str, folder: Path) -> Path:
     """The machine's tree, with names of our own for its cards."""
-    with tarfile.open(HERE / f"{name}.tar.gz") as archive:
-        archive.extractall(folder, filter="data")
+    unpack(HERE / f"{name}.tar.gz", folder)
     names = folder / "usr/share/misc/pci.ids"
     names.parent.mkdir(parents=True)
     names.write_text(NAMES)
@@ -33,20 +31,20 @@ def unpack(name: str, folder: Path) -> Path:
 @pytest.mark.parametrize("name", RECORDED)
 @pytest.mark.parametrize("verb", ["list", "doctor"])
 def test_what_people_see(tmp_path: Path, golden: Golden, name: str, verb: str) -> None:
-    said = CliRunner().invoke(cli, ["--root", str(unpack(name, tmp_path)), verb])
+    said = CliRunner().invoke(cli, ["--root", str(planted(name, tmp_path)), verb])
     golden(f"recorded/{verb}-{name}.txt", said.stdout)
 
 
 @pytest.mark.parametrize("name", RECORDED)
 def test_what_scripts_see(tmp_path: Path, golden: Golden, name: str) -> None:
-    said = CliRunner().invoke(cli, ["--root", str(unpack(name, tmp_path)), "list", "--json"])
+    said = CliRunner().invoke(cli, ["--root", str(planted(name, tmp_path)), "list", "--json"])
     assert json.loads(said.stdout)["schema"] == 1
     golden(f"recorded/list-{name}.json", said.stdout)
 
 
 @pytest.mark.parametrize("name", RECORDED)
 def test_what_holds_of_every_machine(tmp_path: Path, name: str) -> None:
-    host = read_host(unpack(name, tmp_path), whole=True)
+    host = read_host(planted(name, tmp_path), whole=True)
     assert host.devices
     assert not host.unreadable
     for number, group in host.groups.items():
