@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
-from emulatedhost import MEMORY, NAME, STATE, Host, gpupt
+from emulatedhost import MEMORY, NAME, STATE, EmulatedHost, Host, gpupt
 
 from gpupt.lab.host import Lab, find_lab
 from gpupt.lab.story import Facts
 
 
 @pytest.fixture(scope="session")
-def booted() -> Iterator[Lab]:
+def share(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that the host sees, with the scripts of inside/ in it."""
+    folder = tmp_path_factory.mktemp("share")
+    shutil.copytree(Path(__file__).parent / "inside", folder, dirs_exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def booted(share: Path) -> Iterator[Lab]:
     if os.geteuid() != 0:
         pytest.skip("baking the images of the emulated host needs root")
     gpupt("lab", "down", "--name", NAME)
@@ -23,7 +33,8 @@ def booted() -> Iterator[Lab]:
         assert built.returncode == 0, built.stderr
     node = gpupt("--json", "image", "build", "node")
     digest = json.loads(node.stdout)["image"]["digest"]
-    up = gpupt("lab", "up", "--name", NAME, "--memory", MEMORY, "--image", digest)
+    words = ("--memory", MEMORY, "--image", digest, "--share", str(share))
+    up = gpupt("lab", "up", "--name", NAME, *words)
     try:
         assert up.returncode == 0, up.stderr
         lab = find_lab(STATE, NAME)
@@ -33,6 +44,11 @@ def booted() -> Iterator[Lab]:
         down = gpupt("lab", "down", "--name", NAME)
         assert down.returncode == 0, down.stderr
         assert find_lab(STATE, NAME) is None
+
+
+@pytest.fixture(scope="session")
+def emulated(booted: Lab, share: Path) -> EmulatedHost:
+    return EmulatedHost(booted.name, share)
 
 
 @pytest.fixture(scope="session")

@@ -36,6 +36,24 @@ def gpupt(*words: str, deadline: float = 1800) -> subprocess.CompletedProcess[st
     return done
 
 
+@dataclass(frozen=True)
+class EmulatedHost:
+    """The booted host as a person uses it; ``share`` is a folder it sees as /mnt/share."""
+
+    name: str
+    share: Path
+
+    def run(self, *words: str, deadline: float = 600) -> subprocess.CompletedProcess[str]:
+        """Run a command in it, by way of ``gpupt lab run``."""
+        return gpupt("lab", "run", "--name", self.name, "--", *words, deadline=deadline)
+
+    def python(self, script: str, *, deadline: float = 900) -> str:
+        """Run one of the scripts of inside/ with gpupt's interpreter; its output."""
+        done = self.run(PYTHON, f"/mnt/share/{script}", deadline=deadline)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+
 @dataclass
 class Host:
     """The emulated host under test; one connection is kept, and made anew after a reset."""
