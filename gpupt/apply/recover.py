@@ -52,8 +52,8 @@ def undo_run(run: Run, *, host: Host, world: World) -> None:
     world.journal.end(run.number, outcome="undone")
 
 
-def release(plan: Plan, *, world: World) -> None:
-    """Clear orphan overrides; a crash here leaves orphans that the next recover sees again."""
+def clean_up(plan: Plan, *, world: World) -> None:
+    """Perform what clears remains; a crash here leaves what the next recover sees again."""
     with terminated_like_interrupted():
         for action in plan.actions:
             world.narrate(f"{type(action).__name__}: {action.why}")

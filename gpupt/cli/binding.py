@@ -185,7 +185,8 @@ def recover(settings: Settings, *, dry_run: bool, yes: bool) -> None:
     """Finish or undo what a crash cut short.
 
     A detach or an up that did not come to its end is undone in reverse; an attach or a down
-    is carried on.  Overrides to vfio-pci that no loan knows and no process uses are cleared.
+    is carried on.  Overrides to vfio-pci that no loan knows and no process uses are cleared,
+    and loans whose card was exchanged for another are forgotten.
     May be cut short itself, and run again.
 
     \b
@@ -193,19 +194,22 @@ def recover(settings: Settings, *, dry_run: bool, yes: bool) -> None:
       gpupt recover --dry-run             show what is unfinished
       gpupt recover --yes
     """
+    from gpupt.apply.recover import clean_up
     from gpupt.apply.recover import recover as recover_run
-    from gpupt.apply.recover import release
-    from gpupt.decide.binding import plan_release
+    from gpupt.decide.binding import plan_forget, plan_release
     from gpupt.decide.inverse import plan_recovery
 
-    def decide(host: Host, ledger: Ledger) -> tuple[Plan, Plan]:
+    def decide(host: Host, ledger: Ledger) -> tuple[Plan, list[Plan]]:
         plans = [plan_recovery(run, host=host).plan for run in reversed(ledger.unfinished)]
         reader = Reader(settings.root)
         holders = read_holders(reader, host, host.devices)
-        orphans = plan_release(host, ledger=ledger, holders=holders)
-        subject = "; ".join(plan.subject for plan in [*plans, orphans] if plan.actions)
-        actions = tuple(action for plan in [*plans, orphans] for action in plan.actions)
-        return Plan("recover", subject or "this host", actions), orphans
+        left = [
+            plan_forget(host, loans=ledger.loans),
+            plan_release(host, ledger=ledger, holders=holders),
+        ]
+        subject = "; ".join(plan.subject for plan in [*plans, *left] if plan.actions)
+        actions = tuple(action for plan in [*plans, *left] for action in plan.actions)
+        return Plan("recover", subject or "this host", actions), left
 
     ledger = read_ledger(settings.state)
     plan, _ = decide(read_host(settings.root, whole=True), ledger)
@@ -218,7 +222,7 @@ def recover(settings: Settings, *, dry_run: bool, yes: bool) -> None:
         return
     with open_world(settings, cluster=cluster_of(settings, ledger.unfinished)) as world:
         host = read_host(settings.root, whole=True)
-        now, orphans = decide(host, world.journal.ledger)
+        now, left = decide(host, world.journal.ledger)
         if now != plan:
             raise Failed(
                 "the host changed while the plan was being shown; nothing was touched",
@@ -226,7 +230,8 @@ def recover(settings: Settings, *, dry_run: bool, yes: bool) -> None:
             )
         for run in reversed(world.journal.ledger.unfinished):
             recover_run(run, host=host, world=world)
-        release(orphans, world=world)
+        for rest in left:
+            clean_up(rest, world=world)
     if settings.as_json:
         settings.emit(plan_json(plan))
     settings.say(f"recover {plan.subject}: done")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from gpupt.actions import Action, BindFunction, EraseLoan, Ledger, Plan, RecordLoan, ReleaseFunction
-from gpupt.decide.viability import assess_lending, closure
+from gpupt.decide.viability import assess_lending, closure, moved_functions
 from gpupt.errors import BadInput, Refused
 from gpupt.model.gpus import VFIO, identity_of
 from gpupt.model.host import FunctionOrigin, Gpu, Holder, Host, Loan
-from gpupt.model.pci import PciAddress
+from gpupt.model.pci import PciAddress, PciDevice
 
 Loans = Mapping[PciAddress, Loan]
 
@@ -116,21 +116,24 @@ def plan_attach(host: Host, *, gpus: Sequence[PciAddress], loans: Loans) -> Plan
                 continue
             moved.add(origin.address)
             if device.binding != origin.binding:
-                actions.append(
-                    BindFunction(
-                        address=origin.address,
-                        before=device.binding.driver,
-                        after=origin.binding.driver,
-                        override=origin.binding.override,
-                        why=f"{device.binding.driver or 'no driver'} → "
-                        f"{origin.binding.driver or 'no driver'}: where it came from",
-                    )
-                )
+                actions.append(return_home(origin, device))
     actions.extend(
         EraseLoan(loan.gpu, why="once every function is verified to be back") for loan in returning
     )
     names = " ".join(str(address) for address in sorted(set(gpus)))
     return Plan("attach", names or "no GPU", tuple(actions))
+
+
+def return_home(origin: FunctionOrigin, device: PciDevice) -> BindFunction:
+    """The move of a function back to where its loan says it came from."""
+    now, then = device.binding.driver or "no driver", origin.binding.driver or "no driver"
+    return BindFunction(
+        address=origin.address,
+        before=device.binding.driver,
+        after=origin.binding.driver,
+        override=origin.binding.override,
+        why=f"{now} → {then}: where it came from",
+    )
 
 
 def require_returnable(host: Host, loan: Loan) -> Loan:
@@ -145,23 +148,9 @@ def require_returnable(host: Host, loan: Loan) -> Loan:
         raise Refused(
             f"{loan.gpu} is not the card that was detached",
             details=moved,
-            remedy="put the card back into its slot, or confirm the mapping by hand",
+            remedy="put the card back into its slot; or gpupt recover, which forgets its loan",
         )
     return loan
-
-
-def moved_functions(host: Host, loan: Loan) -> tuple[str, ...]:
-    """The addresses of a loan that hold another card now, a line each."""
-    said = []
-    for origin in loan.origins:
-        device = host.devices.get(origin.address)
-        # A lost card answers ones for ids that are read anew: that is no other card.
-        if device is None or device.lost:
-            continue
-        now = identity_of(device)
-        if replace(now, serial=origin.identity.serial) != origin.identity:
-            said.append(f"{origin.address} was {origin.identity.id}, is {now.id}")
-    return tuple(said)
 
 
 def choose_all(
@@ -212,6 +201,22 @@ def plan_release(
             if address not in handled and not holders.get(address)
         ),
     )
+
+
+def plan_forget(host: Host, *, loans: Loans) -> Plan:
+    """End the loans whose GPU is another card now: what is left of them returns home."""
+    actions: list[Action] = []
+    for loan in loans.values():
+        moved = {line.split()[0] for line in moved_functions(host, loan)}
+        if loan.node is not None or str(loan.gpu) not in moved:
+            continue
+        for origin in loan.origins:
+            device = host.devices.get(origin.address)
+            if device is None or str(origin.address) in moved or device.binding == origin.binding:
+                continue
+            actions.append(return_home(origin, device))
+        actions.append(EraseLoan(loan.gpu, why="the card that was detached is not there any more"))
+    return Plan("recover", "loans of cards that are gone", tuple(actions))
 
 
 def orphans(host: Host, *, loans: Loans) -> tuple[PciAddress, ...]:

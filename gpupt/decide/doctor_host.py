@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from gpupt.actions import Ledger
-from gpupt.decide.binding import moved_functions, orphans
+from gpupt.decide.binding import orphans
+from gpupt.decide.viability import moved_functions
 from gpupt.model.facts import HostFacts
 from gpupt.model.gpus import VFIO
 from gpupt.model.host import Finding, Host, Severity
@@ -156,7 +157,7 @@ def address_moved(host: Host, ledger: Ledger, facts: HostFacts) -> Iterator[Find
                 str(loan.gpu),
                 "the address on loan holds another card now",
                 (line,),
-                "put the card back into its slot, or confirm the mapping by hand",
+                "put the card back into its slot; or gpupt recover, which forgets its loan",
             )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from gpupt.model.gpus import VFIO, identity_of
@@ -83,22 +84,29 @@ def standing_loan(host: Host, gpu: Gpu, loan: Loan) -> Iterator[Finding]:
             f"it is lent to {loan.cluster}/{loan.node}",
             remedy=f"gpupt down {loan.cluster} gives it back",
         )
+    moved = moved_functions(host, loan)
+    if moved:
+        yield refusal(
+            "address-moved",
+            gpu,
+            "its address now holds another card",
+            *moved,
+            remedy="put the card back into its slot; or gpupt recover, which forgets its loan",
+        )
+
+
+def moved_functions(host: Host, loan: Loan) -> tuple[str, ...]:
+    """The addresses of a loan that hold another card now, a line each."""
+    said = []
     for origin in loan.origins:
         device = host.devices.get(origin.address)
-        if device is not None and not device.lost:
-            now = identity_of(device)
-            if (now.id, now.subsystem, now.class_code) != (
-                origin.identity.id,
-                origin.identity.subsystem,
-                origin.identity.class_code,
-            ):
-                yield refusal(
-                    "address-moved",
-                    gpu,
-                    "its address now holds another card",
-                    f"{origin.address} was {origin.identity.id}, is {now.id}",
-                    remedy="put the card back into its slot, or confirm the mapping by hand",
-                )
+        # A lost card answers ones for ids that are read anew: that is no other card.
+        if device is None or device.lost:
+            continue
+        now = identity_of(device)
+        if replace(now, serial=origin.identity.serial) != origin.identity:
+            said.append(f"{origin.address} was {origin.identity.id}, is {now.id}")
+    return tuple(said)
 
 
 def about_card(gpu: Gpu, functions: list[PciDevice], *, boot_gpu: bool) -> Iterator[Finding]:

@@ -13,9 +13,16 @@ from machines import MACHINES, emulated_host
 
 from gpupt.actions import Action, Plan
 from gpupt.apply.execute import execute
-from gpupt.apply.recover import recover, release
+from gpupt.apply.recover import clean_up, recover
 from gpupt.apply.world import World
-from gpupt.decide.binding import Preflight, choose_all, plan_attach, plan_detach, plan_release
+from gpupt.decide.binding import (
+    Preflight,
+    choose_all,
+    plan_attach,
+    plan_detach,
+    plan_forget,
+    plan_release,
+)
 from gpupt.edges.journal import Journal, read_ledger
 from gpupt.edges.sysfs import read_host
 from gpupt.model.pci import DriverBinding, PciAddress
@@ -179,5 +186,23 @@ def test_orphan_overrides_are_cleared(quick_path: Path) -> None:
     plan = plan_release(read_host(kernel.root, whole=True), ledger=read_ledger(state), holders={})
     assert [action.why for action in plan.actions]
     with Journal(state) as journal:
-        release(plan, world=World(kernel, journal, quiet))
+        clean_up(plan, world=World(kernel, journal, quiet))
     assert kernel.tree() == at_home
+
+
+def test_a_loan_whose_card_was_exchanged_is_forgotten(quick_path: Path) -> None:
+    kernel = emulated_host(quick_path / "machine")
+    state = quick_path / "state"
+    assert not run_and_die(kernel, state, decide_detach(kernel, state))
+    host = read_host(kernel.root, whole=True)
+    assert plan_forget(host, loans=read_ledger(state).loans).actions == ()
+    folder = kernel.root / "sys/bus/pci/devices/0000:02:00.0"
+    (folder / "uevent").write_text("PCI_CLASS=30000\nPCI_ID=1002:744C\nPCI_SUBSYS_ID=1:2\n")
+    written = len(kernel.writes)
+    plan = plan_forget(read_host(kernel.root, whole=True), loans=read_ledger(state).loans)
+    assert [type(action).__name__ for action in plan.actions] == ["BindFunction", "EraseLoan"]
+    with Journal(state) as journal:
+        clean_up(plan, world=World(kernel, journal, quiet))
+    assert all("02:00.0" not in path + word for path, word in kernel.writes[written:])
+    assert kernel.binding(PciAddress.parse("02:00.1")) == DriverBinding("snd_hda_intel", None)
+    assert set(read_ledger(state).loans) == {PciAddress.parse("01:00.0")}
