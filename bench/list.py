@@ -61,6 +61,10 @@ def plant(root: Path, number: int) -> None:
         "revision": "0xa1",
         "driver_override": "(null)",
         "numa_node": str(card % 2),
+        # What the kernel tells of a function in one read; every real sysfs has it.
+        "uevent": f"DRIVER={driver}\nPCI_CLASS={class_code[3:].upper()}\n"
+        f"PCI_ID={vendor[2:].upper()}:{device[2:].upper()}\n"
+        f"PCI_SUBSYS_ID={vendor[2:].upper()}:1626\nPCI_SLOT_NAME={address}",
         "irq": "16",
         "enable": "1",
         "current_link_speed": "32.0 GT/s PCIe",

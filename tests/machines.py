@@ -11,6 +11,7 @@ MEMORY = 0x40200
 PREFETCHABLE_64 = 0x14220C
 GIB = 1 << 30
 NAMES = """\
+# as pci.ids has them
 10de  NVIDIA Corporation
 \t1eb8  TU104GL [Tesla T4]
 \t1f11  TU106M [GeForce RTX 2060 Mobile]

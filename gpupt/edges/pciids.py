@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+import os
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -18,9 +20,16 @@ def read_names(root: Path, ids: Iterable[PciId]) -> dict[PciId, str]:
     for folder in (root, Path("/")):
         for place in PLACES:
             try:
-                database = b"\n" + (folder / place).read_bytes()
+                number = os.open(folder / place, os.O_RDONLY | os.O_CLOEXEC)
             except OSError:
                 continue
+            try:
+                # Mapped, so that only the part before the last vendor asked for is read.
+                database = mmap.mmap(number, 0, access=mmap.ACCESS_READ)
+            except (OSError, ValueError):
+                continue
+            finally:
+                os.close(number)
             found = {identifier: find_name(database, identifier) for identifier in wanted}
             return {identifier: name for identifier, name in found.items() if name}
     return {}
@@ -35,8 +44,11 @@ def with_names(host: Host, root: Path) -> Host:
     return replace(host, gpus=gpus)
 
 
-def find_name(database: bytes, identifier: PciId) -> str | None:
-    """The name of one id: the device's line in its vendor's block."""
+def find_name(database: bytes | mmap.mmap, identifier: PciId) -> str | None:
+    """The name of one id: the device's line in its vendor's block.
+
+    The file begins with comments, so every vendor's line has a newline before it.
+    """
     start = database.find(b"\n%04x  " % identifier.vendor)
     if start < 0:
         return None
