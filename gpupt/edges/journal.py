@@ -237,6 +237,14 @@ def take_lock(state: Path) -> int:
     except BlockingIOError:
         holder = os.read(number, 32).decode("ascii", "replace").strip() or "unknown"
         os.close(number)
+        if holder.isdigit() and not Path(f"/proc/{holder}").exists():
+            # The child that writes to the kernel holds the lock too: what it does must end
+            # before anything is read, undone or recovered.
+            raise Refused(
+                f"a write that gpupt began has not come back from the kernel (PID {holder} ended)",
+                details=f"the child that writes still holds {file}",
+                remedy="wait; if it stays, stop what holds the device, or reboot; then recover",
+            ) from None
         raise Refused(
             f"another gpupt is changing this host (PID {holder})",
             details=f"it holds {file}",

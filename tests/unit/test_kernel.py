@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import time
 from pathlib import Path, PurePosixPath
 
 import pytest
 
+from gpupt.edges.journal import Journal
 from gpupt.edges.kernel import Kernel
-from gpupt.errors import BadInput, DeadlineExceeded, Failed
+from gpupt.errors import BadInput, DeadlineExceeded, Failed, Refused
 from gpupt.model.pci import PciAddress
 
 PROBE = PurePosixPath("sys/bus/pci/drivers_probe")
@@ -67,3 +69,36 @@ def test_a_card_that_is_gone(kernel: Kernel) -> None:
 def test_modules_are_loaded_into_the_running_kernel_only(kernel: Kernel) -> None:
     with pytest.raises(Failed, match="not loaded in the machine under"):
         kernel.load_module("vfio-pci")
+
+
+def test_nothing_is_begun_while_a_write_is_still_in_the_kernel(
+    kernel: Kernel, tmp_path: Path
+) -> None:
+    # gpupt is killed while its child waits in the kernel: the lock outlives gpupt.
+    os.mkfifo(kernel.root / PROBE)
+    state = tmp_path / "state"
+    gpupt = os.fork()
+    if gpupt == 0:
+        with Journal(state):
+            kernel.write(PROBE, "0000:41:00.0\n", deadline=30)
+        os._exit(0)
+    writing = Path(f"/proc/{gpupt}/task/{gpupt}/children")
+    until = time.monotonic() + 10
+    while not writing.read_text() and time.monotonic() < until:
+        time.sleep(0.01)
+    os.kill(gpupt, signal.SIGKILL)
+    os.waitpid(gpupt, 0)
+    with pytest.raises(Refused, match="has not come back from the kernel"):
+        Journal(state)
+    # The write comes to its end.
+    reader = os.open(kernel.root / PROBE, os.O_RDONLY)
+    assert os.read(reader, 100) == b"0000:41:00.0\n"
+    os.close(reader)
+    while time.monotonic() < until:
+        try:
+            Journal(state).close()
+            break
+        except Refused:
+            time.sleep(0.01)
+    else:
+        pytest.fail("the lock is still held")
