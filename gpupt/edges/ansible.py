@@ -97,5 +97,5 @@ def _failure(roll: str, data: Mapping[str, Any]) -> Failed:
     lines = [line for text in said for line in text.splitlines() if line.strip()]
     return Failed(
         f"roll {roll}: the task {data.get('task')!r} failed",
-        details=(f"in {data.get('task_path')}", *lines[:12]),
+        details=(f"in {data.get('task_path')}", *lines[:1], *lines[1:][-14:]),
     )
