@@ -22,7 +22,7 @@ THRESHOLD = 0.5
 BATCH = 64
 """Sheets that are predicted at once."""
 
-WIDTHS = (8, 16, 32)
+WIDTHS = (8, 16, 24)
 _QEMU_SUBSYSTEM = 0x1AF4
 _PCI = Path("/sys/bus/pci/devices")
 
@@ -78,10 +78,10 @@ def describe_device(keras: ModuleType, held: Held, *, pci: Path = _PCI) -> str:
     named = []
     for index in held.addresses:
         known = index.isdigit() and int(index) < len(cards)
-        address, emulated = cards[int(index)] if known else (f"GPU {index}", False)
+        address, emulated = cards[int(index)] if known else (index, False)
         named.append(f"{'emulated GPU' if emulated else 'GPU'} {address}")
-    what = ", ".join(named)
-    return f"cpu ({what} held)" if "emulated" in what else f"cpu ({what} held, but no CUDA device)"
+    why = "" if all(text.startswith("emulated") for text in named) else ", but no CUDA device"
+    return f"cpu ({', '.join(named)} held{why})"
 
 
 def read_gpus(pci: Path = _PCI) -> list[tuple[str, bool]]:
@@ -115,11 +115,10 @@ def build(keras: ModuleType, *, height: int, width: int, widths: Sequence[int] =
         layers.Rescaling(1 / 127.5, offset=-1),
         layers.GroupNormalization(groups=-1, center=False, scale=False),
     ]
-    for at, filters in enumerate(widths):
-        size = 5 if at == 0 else 3
+    for filters in widths:
         stack += [
-            layers.Conv2D(filters, size, strides=2, padding="same", use_bias=False),
-            layers.BatchNormalization(momentum=0.9),
+            layers.Conv2D(filters, 3, strides=2, padding="same", use_bias=False),
+            layers.BatchNormalization(momentum=0.9, scale=False),
             layers.Activation("relu"),
         ]
     stack += [layers.GlobalAveragePooling2D(), layers.Dense(1, activation="sigmoid")]

@@ -24,7 +24,7 @@ from PIL.ImageFilter import BoxBlur
 
 from herbarium.images import Sheet
 
-STAINED_PER_100 = 45
+STAINED_PER_100 = 42
 """Share of specimens that are stained: uneven, so that the majority baseline says something."""
 
 DEFAULT_HEIGHT = 128
@@ -102,7 +102,7 @@ def _gather(specimen: int, *, seed: int) -> _Gathering:
         leaf_breadth=random.uniform(0.22, 0.55),
         brightness=int(random.integers(170, 256)),
         stain=_vary(random, _MERCURY, by=8),
-        strength=int(random.integers(105, 215)),
+        strength=int(random.integers(115, 220)),
     )
 
 
@@ -183,7 +183,7 @@ def _blade(
 def _mercury(random: np.random.Generator, outline: Image.Image) -> Image.Image:
     """A soft mask around the plant, displaced, with ragged edges, at times only in part."""
     size, height = outline.size, outline.height
-    halo = outline.filter(BoxBlur(height * random.uniform(0.04, 0.08)))
+    halo = outline.filter(BoxBlur(height * random.uniform(0.045, 0.085)))
     if random.integers(8) == 0:  # pressed from the facing sheet: the plant mirrored
         mirrored = halo.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         halo = ImageChops.lighter(mirrored, outline.filter(BoxBlur(height * 0.02)))
@@ -193,7 +193,7 @@ def _mercury(random: np.random.Generator, outline: Image.Image) -> Image.Image:
     soak = ImageChops.multiply(moved, _clouds(random, size, cells=12).point(_ramp(60, 255)))
     if random.integers(4) == 0:
         soak = ImageChops.multiply(soak, _clouds(random, size, cells=3).point(_rise(70, 60)))
-    return soak.point(_rise(12, 36)).filter(BoxBlur(height / 100))
+    return soak.point(_rise(10, 32)).filter(BoxBlur(height / 100))
 
 
 def _damp(random: np.random.Generator, size: tuple[int, int]) -> Image.Image:

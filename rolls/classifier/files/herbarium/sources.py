@@ -12,18 +12,20 @@ from typing import Protocol
 import numpy as np
 
 from herbarium.images import Sheet, Unreadable, decode
-from herbarium.sheets import DEFAULT_HEIGHT, draw_specimens
+from herbarium.sheets import DEFAULT_HEIGHT, draw_sheet, draw_specimens
 
 LABELS = {"0": 0, "unstained": 0, "1": 1, "stained": 1}
 
 
 class Source(Protocol):
-    """Gives the sheets of specimens; small enough to travel to every task."""
+    """Gives the sheets of specimens by number, and the bytes of one by its names."""
 
     @property
     def synthetic(self) -> bool: ...
 
     def sheets(self, specimens: Sequence[int]) -> Iterator[Sheet]: ...
+
+    def find(self, specimen: str, sheet: str) -> bytes: ...
 
 
 class BadCollection(Exception):
@@ -43,6 +45,9 @@ class Drawn:
 
     def sheets(self, specimens: Sequence[int]) -> Iterator[Sheet]:
         return draw_specimens(specimens, seed=self.seed, height=self.height)
+
+    def find(self, specimen: str, sheet: str) -> bytes:
+        return draw_sheet(int(specimen), int(sheet), seed=self.seed, height=self.height).jpeg
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +81,9 @@ class Collection:
             for entry in self.entries[number]:
                 encoded = Path(self.folder, entry.path).read_bytes()
                 yield Sheet(self.names[number], entry.path, entry.label, encoded)
+
+    def find(self, specimen: str, sheet: str) -> bytes:
+        return Path(self.folder, sheet).read_bytes()
 
 
 def read_collection(folder: Path, labels: Path, *, height: int) -> Collection:

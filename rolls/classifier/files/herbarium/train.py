@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -97,7 +98,8 @@ def fit(
 ) -> tuple[Any, list[float]]:
     """A network trained from nothing, and its mean loss in each epoch.
 
-    Half of the sheets are mirrored anew in each epoch; the rate falls to 0 along a cosine.
+    Half of the sheets are mirrored anew in each epoch; the rate falls
+    towards 0 along a cosine, epoch by epoch.
     """
     keras.utils.set_random_seed(recipe.seed)
     random = np.random.default_rng(recipe.seed)
@@ -105,14 +107,16 @@ def fit(
     network = model.build(keras, height=height, width=width, widths=model.widths_for(height))
     batch = min(recipe.batch, len(labels))
     steps = len(labels) // batch
-    rate = keras.optimizers.schedules.CosineDecay(recipe.rate, steps * recipe.epochs)
     network.compile(
-        optimizer=keras.optimizers.Adam(rate),
+        optimizer=keras.optimizers.Adam(recipe.rate),
         loss="binary_crossentropy",
         jit_compile=model.may_compile(keras),
     )
+    # Else TensorFlow traces the first step twice, the second time without new variables.
+    network.optimizer.build(network.trainable_variables)
     losses = []
     for epoch in range(recipe.epochs):
+        network.optimizer.learning_rate = recipe.rate * _cosine(epoch / recipe.epochs)
         order = random.permutation(len(labels))[: steps * batch].reshape(steps, batch)
         mirrored = random.random((steps, batch)) < 0.5
         total = 0.0
@@ -124,6 +128,11 @@ def fit(
         losses.append(total / steps)
         say(f"epoch {epoch + 1} of {recipe.epochs}: loss {losses[-1]:.3f}")
     return network, losses
+
+
+def _cosine(share: float) -> float:
+    """1 at the beginning, 0 at the end."""
+    return 0.5 + 0.5 * math.cos(math.pi * share)
 
 
 def _describe(source: Source) -> dict[str, Any]:
