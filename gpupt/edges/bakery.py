@@ -248,6 +248,11 @@ def _install_python(order: Order, tree: Path, note: Callable[[str], None]) -> No
     if order.wheel:
         name = Path(order.wheel).name
         _inside(tree, [*install, "--no-deps", f"{chroot.BENCH}/{name}"], note=note)
+    # Sources that were unpacked and built stay with uv under a new name each time, a gigabyte
+    # for Spark; the layer is what keeps their result.
+    for built in (tree / chroot.BENCH.lstrip("/") / "wheels").glob("sdists-v*"):
+        shutil.rmtree(built, ignore_errors=True)
+    _inside(tree, [uv, "cache", "prune", "-q"], note=note)
 
 
 def _apply(order: Order, tree: Path, note: Callable[[str], None]) -> None:
