@@ -28,12 +28,11 @@ def booted(share: Path) -> Iterator[Lab]:
     if os.geteuid() != 0:
         pytest.skip("baking the images of the emulated host needs root")
     gpupt("lab", "down", "--name", NAME)
-    for rolls in (["gpupt"], ["node"]):
-        built = gpupt("image", "build", *rolls)
+    words = ["--memory", MEMORY, "--share", str(share)]
+    for option, roll in (("--host-image", "gpupt"), ("--image", "node")):
+        built = gpupt("--json", "image", "build", roll)
         assert built.returncode == 0, built.stderr
-    node = gpupt("--json", "image", "build", "node")
-    digest = json.loads(node.stdout)["image"]["digest"]
-    words = ("--memory", MEMORY, "--image", digest, "--share", str(share))
+        words += [option, json.loads(built.stdout)["image"]["digest"]]
     up = gpupt("lab", "up", "--name", NAME, *words)
     try:
         assert up.returncode == 0, up.stderr
