@@ -243,8 +243,13 @@ def _install_python(order: Order, tree: Path, note: Callable[[str], None]) -> No
         inside = f"{chroot.BENCH}/links{number}" if Path(link).is_dir() else link
         install += ["--find-links", inside]
     if order.lock:
-        lock = f"{chroot.BENCH}/roll/{order.lock}"
-        _inside(tree, [*install, "--require-hashes", "-r", lock], note=note)
+        lock = ["--require-hashes", "-r", f"{chroot.BENCH}/roll/{order.lock}"]
+        try:
+            # From uv's cache alone first: asked over the network, an index that states no
+            # lifetime of its files has uv fetch and build what it already holds.
+            _inside(tree, [*install, "--offline", *lock], note=note)
+        except Failed:
+            _inside(tree, [*install, *lock], note=note)
     if order.wheel:
         name = Path(order.wheel).name
         _inside(tree, [*install, "--no-deps", f"{chroot.BENCH}/{name}"], note=note)
