@@ -179,6 +179,7 @@ class Sample:
 class ClassifierResult:
     """How the classifier did; counts are sheets, ``confusion`` is ((tn, fp), (fn, tp)).
 
+    ``colour_baseline`` is the accuracy of a threshold on the sheets' mean colour alone.
     ``seeds`` holds (seed, accuracy on held-out specimens) where several were tried."""
 
     trained_on: int
@@ -193,6 +194,7 @@ class ClassifierResult:
     synthetic: bool = True
     trained_where: str = ""
     applied_where: tuple[str, ...] = ()
+    colour_baseline: float | None = None
     train_seconds: float | None = None
     apply_seconds: float | None = None
 

@@ -130,6 +130,7 @@ def _classifier(found: ClassifierResult | None) -> dict[str, Any] | None:
         "kappa": found.kappa,
         "majority_baseline": found.majority_baseline,
         "parquet": found.parquet,
+        "colour_baseline": found.colour_baseline,
         "confusion": [list(row) for row in found.confusion],
         "seeds": [{"seed": seed, "accuracy": accuracy} for seed, accuracy in found.seeds],
         "synthetic": found.synthetic,
@@ -187,8 +188,9 @@ def classifier_result(job: Mapping[str, Any]) -> ClassifierResult:
             synthetic=bool(job.get("synthetic", True)),
             trained_where=str(job.get("trained_where") or ""),
             applied_where=tuple(map(str, job.get("applied_where", ()))),
-            train_seconds=_seconds(job.get("train_seconds")),
-            apply_seconds=_seconds(job.get("apply_seconds")),
+            colour_baseline=_number(job.get("colour_baseline")),
+            train_seconds=_number(job.get("train_seconds")),
+            apply_seconds=_number(job.get("apply_seconds")),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise _unexpected("classify", error) from None
@@ -199,13 +201,13 @@ def _sample(data: Mapping[str, Any]) -> Sample:
         image=str(data["image"]),
         stained=bool(data["stained"]),
         predicted=bool(data["predicted"]),
-        probability=_seconds(data.get("probability")),
+        probability=_number(data.get("probability")),
         specimen=str(data.get("specimen", "")),
         media_type=str(data.get("media_type", "image/jpeg")),
     )
 
 
-def _seconds(given: float | str | None) -> float | None:
+def _number(given: float | str | None) -> float | None:
     return None if given is None else float(given)
 
 

@@ -249,8 +249,8 @@ def confusion_cells(found: ClassifierResult) -> tuple[tuple[Cell, Cell], tuple[C
 
 
 def measures(found: ClassifierResult) -> tuple[Measure, ...]:
-    """Accuracy with its 95 % interval, kappa, and what they are to be held against."""
-    return (
+    """Accuracy with its 95 % interval, what it is to be held against, and kappa."""
+    shown = [
         Measure(
             "accuracy",
             found.accuracy,
@@ -264,13 +264,14 @@ def measures(found: ClassifierResult) -> tuple[Measure, ...]:
             percent(found.majority_baseline),
             "always saying the commoner answer",
         ),
-        Measure(
-            "quadratic kappa",
-            max(found.kappa, 0.0),
-            f"{found.kappa:.2f}",
-            "agreement beyond chance: 0 none, 1 whole",
-        ),
-    )
+    ]
+    if found.colour_baseline is not None:
+        colour = found.colour_baseline
+        why = "a threshold on the sheet’s mean colour, no network"
+        shown.append(Measure("mean colour", colour, percent(colour), why))
+    kappa = "agreement beyond chance: 0 none, 1 whole"
+    shown.append(Measure("quadratic kappa", max(found.kappa, 0.0), f"{found.kappa:.2f}", kappa))
+    return tuple(shown)
 
 
 def percent(value: float, sample: int = 0) -> str:

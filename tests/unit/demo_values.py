@@ -218,6 +218,7 @@ CLASSIFIER = ClassifierResult(
     accuracy=0.934,
     kappa=0.86,
     majority_baseline=0.60,
+    colour_baseline=0.71,
     parquet="/home/spark/predictions.parquet",
     confusion=((1376, 64), (94, 866)),
     samples=tuple(

@@ -196,6 +196,14 @@ def test_a_page_of_nothing_is_still_a_page() -> None:
     assert "stopped before there was a host" in page
 
 
+def test_the_classifier_is_held_against_simpler_answers() -> None:
+    page = render_demo_page(SUMMARY)
+    assert "71.0 %" in page
+    assert "mean colour" in page
+    bare = replace(SUMMARY, classifier=replace(CLASSIFIER, colour_baseline=None))
+    assert "mean colour" not in render_demo_page(bare)
+
+
 def test_a_demo_that_failed_proves_nothing() -> None:
     assert "Shown here, for real" in render_demo_page(SUMMARY)
     page = render_demo_page(replace(SUMMARY, ok=False, failure="it broke"))
