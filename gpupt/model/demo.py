@@ -179,7 +179,7 @@ class Sample:
 class ClassifierResult:
     """How the classifier did; counts are sheets, ``confusion`` is ((tn, fp), (fn, tp)).
 
-    ``colour_baseline`` is the accuracy of a threshold on the sheets' mean colour alone.
+    ``colour_baseline`` is the accuracy of a regression on the sheets' mean colour alone.
     ``seeds`` holds (seed, accuracy on held-out specimens) where several were tried."""
 
     trained_on: int

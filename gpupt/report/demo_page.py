@@ -267,7 +267,7 @@ def measures(found: ClassifierResult) -> tuple[Measure, ...]:
     ]
     if found.colour_baseline is not None:
         colour = found.colour_baseline
-        why = "a threshold on the sheet’s mean colour, no network"
+        why = "a logistic regression on the sheet’s mean colour alone"
         shown.append(Measure("mean colour", colour, percent(colour), why))
     kappa = "agreement beyond chance: 0 none, 1 whole"
     shown.append(Measure("quadratic kappa", max(found.kappa, 0.0), f"{found.kappa:.2f}", kappa))
