@@ -1,6 +1,6 @@
 """Train on one GPU node and apply on all of them; see herbarium.job.
 
-    spark-submit /opt/gpupt/classifier/classify.py [--help]
+spark-submit /opt/gpupt/classifier/classify.py [--help]
 """
 
 import os

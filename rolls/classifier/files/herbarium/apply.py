@@ -111,9 +111,7 @@ class Application:
                 yield predict_sheets(network, record, sheets)
 
 
-def predict_sheets(
-    network: Any, record: dict[str, Any], sheets: Sequence[Sheet]
-) -> pa.RecordBatch:
+def predict_sheets(network: Any, record: dict[str, Any], sheets: Sequence[Sheet]) -> pa.RecordBatch:
     """A row per sheet; score and prediction are null where `problem` says why."""
     pixels, problems = images.decode_all(sheets, height=record["recipe"]["height"])
     scores = model.predict(network, pixels)

@@ -193,7 +193,12 @@ def pick(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
     The rows come sorted by specimen, so the choice owes nothing to the score.
     """
-    kinds: dict[tuple[int, int], list[dict[str, Any]]] = {(0, 0): [], (1, 1): [], (0, 1): [], (1, 0): []}
+    kinds: dict[tuple[int, int], list[dict[str, Any]]] = {
+        (0, 0): [],
+        (1, 1): [],
+        (0, 1): [],
+        (1, 0): [],
+    }
     for row in rows:
         kinds[row["label"], row["prediction"]].append(row)
     chosen = kinds[0, 1][: SAMPLES // 4] + kinds[1, 0][: SAMPLES // 4]

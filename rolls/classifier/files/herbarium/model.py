@@ -23,7 +23,7 @@ BATCH = 64
 """Sheets that are predicted at once."""
 
 WIDTHS = (8, 16, 24)
-_QEMU_SUBSYSTEM = 0x1AF4
+_WINDOW = 64 << 20
 _PCI = Path("/sys/bus/pci/devices")
 
 
@@ -68,10 +68,13 @@ def sees_gpu(keras: ModuleType) -> bool:
     return False
 
 
-def describe_device(keras: ModuleType, held: Held, *, pci: Path = _PCI) -> str:
-    """What computes here, said plainly when a GPU is held and cannot be computed on."""
-    if sees_gpu(keras):
-        return f"gpu {','.join(held.addresses)}"
+def describe_device(keras: ModuleType, held: Held) -> str:
+    """What computes here."""
+    return f"gpu {','.join(held.addresses)}" if sees_gpu(keras) else describe_cpu(held)
+
+
+def describe_cpu(held: Held, *, pci: Path = _PCI) -> str:
+    """A processor, said plainly when a GPU is held that cannot be computed on."""
     if not held.addresses:
         return "cpu (no GPU held)"
     cards = read_gpus(pci)
@@ -85,22 +88,24 @@ def describe_device(keras: ModuleType, held: Held, *, pci: Path = _PCI) -> str:
 
 
 def read_gpus(pci: Path = _PCI) -> list[tuple[str, bool]]:
-    """Addresses of NVIDIA's display controllers in order, each with whether QEMU made it.
+    """Addresses of NVIDIA's display controllers in order, each with whether it is emulated.
 
-    No card of NVIDIA's carries Red Hat's subsystem vendor, which QEMU gives its own devices.
+    A real card shows a window on its memory, 64 MiB at the very least (sysfs: resource, a
+    line of start, end and flags for each BAR); what stands in for one shows none.
     """
     found = []
     for device in sorted(pci.iterdir()) if pci.is_dir() else ():
-        if _hex(device / "vendor") == 0x10DE and _hex(device / "class") >> 16 == 0x03:
-            found.append((device.name, _hex(device / "subsystem_vendor") == _QEMU_SUBSYSTEM))
+        vendor = int((device / "vendor").read_text(), 16)
+        kind = int((device / "class").read_text(), 16) >> 16
+        if vendor == 0x10DE and kind == 0x03:
+            bars = (device / "resource").read_text().splitlines()[:6]
+            sizes = [_size(*bar.split()[:2]) for bar in bars]
+            found.append((device.name, max(sizes, default=0) < _WINDOW))
     return found
 
 
-def _hex(file: Path) -> int:
-    try:
-        return int(file.read_text(), 16)
-    except FileNotFoundError:
-        return 0
+def _size(start: str, end: str) -> int:
+    return int(end, 16) - int(start, 16) + 1 if int(end, 16) else 0
 
 
 def build(keras: ModuleType, *, height: int, width: int, widths: Sequence[int] = WIDTHS) -> Any:

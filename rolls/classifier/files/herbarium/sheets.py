@@ -327,5 +327,6 @@ def _shift(colour: Colour, by: int) -> Colour:
 
 def _vary(random: np.random.Generator, colours: tuple[Colour, ...], *, by: int) -> Colour:
     base = colours[random.integers(len(colours))]
-    red, green, blue = (int(c + d) for c, d in zip(base, random.integers(-by, by + 1, 3)))
+    change = random.integers(-by, by + 1, 3).tolist()
+    red, green, blue = (channel + other for channel, other in zip(base, change, strict=True))
     return red, green, blue
