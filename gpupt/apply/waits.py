@@ -15,6 +15,7 @@ from gpupt.apply.clusterworld import ClusterWorld
 from gpupt.decide.domain import domain_name
 from gpupt.decide.facts import assess_facts, parse_facts
 from gpupt.errors import DeadlineExceeded, Failed, GpuptError
+from gpupt.model.cluster import Placement
 from gpupt.model.roll import Check
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 SAY_EVERY = 10.0
 FACTS_SECONDS = 180.0
 CONNECT_SECONDS = 120.0
+JOURNAL_SECONDS = 60.0
 # An emulated host's nodes share its few slow processors, and are several times slower still.
 SLOW_FACTOR = 4
 
@@ -31,7 +33,6 @@ def await_node(action: AwaitNode, ours: ClusterWorld, *, narrate: Callable[[str]
     """Wait for SSH, then hold what the node says of itself against what it was given."""
     placement = action.placement
     node = placement.node.name
-    name = domain_name(action.cluster, node)
     folder = ours.folder(action.cluster)
     deadline = action.deadline * (2 if ours.slow else 1)
     begun = ours.started.get(node, time.monotonic())
@@ -39,13 +40,7 @@ def await_node(action: AwaitNode, ours: ClusterWorld, *, narrate: Callable[[str]
 
     def alive() -> None:
         nonlocal said
-        found = ours.hypervisor.domain(name)
-        if found is None or not found.running:
-            raise Failed(
-                f"{node} went down while it was waited for",
-                details=folder.last_words(node),
-                remedy=f"its whole console is kept in {folder.console(node)}",
-            )
+        require_running(ours, action.cluster, node)
         now = time.monotonic()
         if now - said >= SAY_EVERY:
             said = now
@@ -54,9 +49,9 @@ def await_node(action: AwaitNode, ours: ClusterWorld, *, narrate: Callable[[str]
     try:
         ssh = ours.ssh(action.cluster, placement, deadline=deadline, alive=alive)
         facts = parse_facts(ssh.run(["gpupt-node", "facts"], deadline=FACTS_SECONDS).stdout)
+    except NodeGone:
+        raise
     except GpuptError as error:
-        if any(folder.console(node).name in line for line in error.details):
-            raise
         raise type(error)(
             error.brief,
             details=(*error.details, *folder.last_words(node)),
@@ -66,7 +61,7 @@ def await_node(action: AwaitNode, ours: ClusterWorld, *, narrate: Callable[[str]
     if wrong:
         raise Failed(
             f"{node} is up and not what was declared: {wrong[0]}",
-            details=(*wrong, *folder.last_words(node, lines=5)),
+            details=(*wrong, *keep_journal(ours, action.cluster, placement)),
             remedy=f"its whole console is kept in {folder.console(node)}",
         )
     ours.facts[node] = facts
@@ -86,10 +81,67 @@ def await_roll(action: AwaitRoll, ours: ClusterWorld, *, narrate: Callable[[str]
     for check in roll.checks:
         patient = replace(check, deadline=check.deadline * (SLOW_FACTOR if ours.slow else 1))
         for placement in record.allocation.placements:
-            if placement.node.role.value in check.roles:
-                node = partial(ours.ssh, action.cluster, placement, deadline=CONNECT_SECONDS)
-                drop = partial(ours.hang_up, action.cluster, placement.node.name)
-                pass_check(patient, node=node, drop=drop, roll=roll.name, narrate=narrate)
+            if placement.node.role.value not in check.roles:
+                continue
+            try:
+                pass_check(
+                    patient,
+                    node=partial(standing, ours, action.cluster, placement),
+                    drop=partial(ours.hang_up, action.cluster, placement.node.name),
+                    roll=roll.name,
+                    narrate=narrate,
+                )
+            except DeadlineExceeded as error:
+                kept = keep_journal(ours, action.cluster, placement)
+                raise DeadlineExceeded(
+                    error.brief, details=(*error.details, *kept), remedy=error.remedy
+                ) from error
+
+
+class NodeGone(Failed):
+    """The node's domain does not run any more: waiting is over."""
+
+
+def require_running(ours: ClusterWorld, cluster: str, node: str) -> None:
+    """Raise NodeGone, with the end of its console, when the node's domain does not run."""
+    found = ours.hypervisor.domain(domain_name(cluster, node))
+    if found is None or not found.running:
+        folder = ours.folder(cluster)
+        raise NodeGone(
+            f"{node} went down while it was waited for",
+            details=folder.last_words(node),
+            remedy=f"its whole console is kept in {folder.console(node)}",
+        )
+
+
+def standing(ours: ClusterWorld, cluster: str, placement: Placement) -> Ssh:
+    """The connection to a node that still runs; raises NodeGone, Failed."""
+    require_running(ours, cluster, placement.node.name)
+    return ours.ssh(cluster, placement, deadline=CONNECT_SECONDS)
+
+
+def keep_journal(ours: ClusterWorld, cluster: str, placement: Placement) -> tuple[str, ...]:
+    """Keep the journal of a node that is about to be ended; says where, and which of its
+    units failed.  A node that does not answer any more has its console only."""
+    node = placement.node.name
+    folder = ours.folder(cluster)
+    try:
+        ssh = ours.ssh(cluster, placement, deadline=JOURNAL_SECONDS)
+        failed = ssh.run(
+            ["systemctl", "list-units", "--failed", "--plain", "--no-legend", "--no-pager"],
+            deadline=JOURNAL_SECONDS,
+        ).stdout.splitlines()
+        journal = ssh.run(
+            ["journalctl", "--boot", "--no-pager", "--output=short-monotonic"],
+            deadline=JOURNAL_SECONDS,
+        ).stdout
+        folder.keep_log(node, "journal", journal)
+    except GpuptError as error:
+        return (f"its journal could not be kept: {error.brief}", *folder.last_words(node))
+    return (
+        *(f"failed on {node}: {line.split()[0]}" for line in failed if line.strip()),
+        f"its journal is kept in {folder.log(node, 'journal')}",
+    )
 
 
 def pass_check(
@@ -114,6 +166,8 @@ def pass_check(
             ssh = node()
             name = f" on {ssh.name}"
             done = ssh.run(check.command, deadline=max(left, 1), check=False)
+        except NodeGone:
+            raise
         except Failed as error:
             # What the last whole try said tells more than that this one was cut off.
             output = output or (error.brief, *error.details)

@@ -82,8 +82,22 @@ class ClusterFolder:
         return self.node(node) / "credentials" / name
 
     def console(self, node: str) -> Path:
+        return self.log(node, "console")
+
+    def log(self, node: str, kind: str) -> Path:
+        """Where the node's log of that kind is kept."""
         self.node(node)
-        return self.logs / f"{node}.console.log"
+        return self.logs / f"{node}.{kind}.log"
+
+    def keep_log(self, node: str, kind: str, text: str) -> None:
+        """Keep a log of the node, for its owner alone; raises Failed."""
+        self.make_log_folder()
+        file = self.log(node, kind)
+        try:
+            file.write_text(text, encoding="utf-8")
+            file.chmod(0o600)
+        except OSError as error:
+            raise Failed(f"cannot write {file}", details=str(error)) from None
 
     @property
     def exists(self) -> bool:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from clusters import machine, two_gpus
 from test_ssh import Server, connect, server  # noqa: F401 (a fixture)
 
-from gpupt.apply.waits import last_json, pass_check
+from gpupt.apply.clusterworld import ClusterWorld
+from gpupt.apply.waits import keep_journal, last_json, pass_check
+from gpupt.decide.allocation import allocate
+from gpupt.edges.process import Completed
 from gpupt.edges.ssh import Ssh
 from gpupt.errors import DeadlineExceeded
 from gpupt.model.roll import Check
@@ -37,14 +42,14 @@ def test_check_that_never_passes_says_what_it_said_last(server: Server) -> None:
     began = time.monotonic()
     with connect(server) as ssh, pytest.raises(DeadlineExceeded) as caught:
         pass_check(
-            check("sh", "-c", "echo no worker yet >&2; exit 1", deadline=2),
+            check("sh", "-c", "echo no worker yet >&2; exit 1", deadline=6),
             node=lambda: ssh,
             drop=ssh.close,
             roll="spark",
             narrate=said.append,
         )
-    assert time.monotonic() - began < 8
-    assert caught.value.brief == "spark: ready did not pass on the test server within 2 s"
+    assert time.monotonic() - began < 30
+    assert caught.value.brief == "spark: ready did not pass on the test server within 6 s"
     assert caught.value.details[-1] == "no worker yet"
 
 
@@ -58,7 +63,7 @@ def test_check_that_hangs_ends_at_its_deadline(server: Server) -> None:  # noqa:
             roll="x",
             narrate=print,
         )
-    assert time.monotonic() - began < 8
+    assert time.monotonic() - began < 30
 
 
 def test_connection_that_is_lost_is_made_anew(server: Server, tmp_path: Path) -> None:  # noqa: F811
@@ -73,6 +78,50 @@ def test_connection_that_is_lost_is_made_anew(server: Server, tmp_path: Path) ->
     pass_check(check("true"), node=node, drop=made.clear, roll="x", narrate=print)
     assert len(made) == 1
     made[0].close()
+
+
+def clusters_on(server: Server, folder: Path) -> ClusterWorld:  # noqa: F811
+    """A world whose compute-0 is the test server."""
+    ours = ClusterWorld(
+        state=folder, uri="test:///default", rolls={}, bake=print, accelerated=lambda: False
+    )
+    ours.connections[("herbarium", "compute-0")] = connect(server)
+    return ours
+
+
+def test_journal_of_a_node_that_failed_is_kept(
+    server: Server,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    placement = allocate(two_gpus(), host=machine("emulated_host")).of("compute-0")
+    ours = clusters_on(server, tmp_path)
+    ssh = ours.connections[("herbarium", "compute-0")]
+    plain = ssh.run
+
+    def run(argv: Sequence[str], *, deadline: float) -> Completed:
+        # This machine may have no systemd: what it would say is said in its place.
+        said = "nfs-server.service loaded failed" if argv[0] == "systemctl" else "[1.0] it broke"
+        return plain(["echo", said], deadline=deadline)
+
+    monkeypatch.setattr(ssh, "run", run)
+    kept = keep_journal(ours, "herbarium", placement)
+    file = ours.folder("herbarium").log("compute-0", "journal")
+    assert kept == (
+        "failed on compute-0: nfs-server.service",
+        f"its journal is kept in {file}",
+    )
+    assert file.read_text() == "[1.0] it broke\n"
+    ours.hang_up_all()
+
+
+def test_journal_that_cannot_be_had_is_said(server: Server, tmp_path: Path) -> None:  # noqa: F811
+    placement = allocate(two_gpus(), host=machine("emulated_host")).of("compute-0")
+    ours = clusters_on(server, tmp_path)
+    ours.connections[("herbarium", "compute-0")].close()
+    assert keep_journal(ours, "herbarium", placement)[0].startswith(
+        "its journal could not be kept: the connection"
+    )
 
 
 @pytest.mark.parametrize(
