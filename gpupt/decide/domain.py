@@ -23,7 +23,7 @@ CREDENTIALS = "opt/io.systemd.credentials"
 # Where every instruction costs a hundred: work that protects nobody there is left out, and
 # units get the time they take.
 SLOW_WORDS = (
-    "mitigations=off nokaslr no_timer_check cryptomgr.notests loglevel=3 "
+    "gpupt.emulated mitigations=off nokaslr no_timer_check cryptomgr.notests loglevel=3 "
     "systemd.default_timeout_start_sec=900 systemd.ssh_auto=no"
 )
 # Drivers that udev would load for the processor, the chipset and a card's sound, each with its
