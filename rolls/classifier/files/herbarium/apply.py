@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import socket
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -67,8 +68,8 @@ class Training:
     def __call__(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for _ in batches:
             pass
-        held, log = held_gpus(), []
-        if BarrierTaskContext.get().partitionId() == 0:
+        context, held, log = BarrierTaskContext.get(), held_gpus(), []
+        if context.partitionId() == 0:
             folder = Path(self.folder)
             record = train(
                 self.source, self.specimens, self.recipe, held=held, folder=folder, say=log.append
@@ -79,6 +80,9 @@ class Training:
             start = time.monotonic()
             device = model.describe_device(model.load_framework(held), held)
             log.append(f"Keras imported in {time.monotonic() - start:.1f} s")
+        # Spark ends a Python worker that has been idle for a minute, and with it the
+        # framework that it has imported.
+        context.barrier()
         yield pa.RecordBatch.from_pylist(
             [
                 {
@@ -102,6 +106,8 @@ class Application:
 
     def __call__(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         if self.folder not in _loaded:
+            warm = "keras" in sys.modules
+            print(f"loading the model, Keras imported before: {warm}", file=sys.stderr, flush=True)
             keras = model.load_framework(held_gpus())
             _loaded[self.folder] = model.load(keras, Path(self.folder))
         network, record = _loaded[self.folder]

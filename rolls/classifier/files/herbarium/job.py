@@ -21,6 +21,8 @@ import gpupt_job
 import numpy as np
 import pyarrow.parquet
 from PIL import Image
+from py4j.protocol import Py4JError
+from pyspark.errors import PySparkException
 
 from herbarium import metrics
 from herbarium.apply import PREDICTION_SCHEMA, TRAINING_SCHEMA, Application, Training
@@ -72,7 +74,6 @@ def classify(asked: argparse.Namespace) -> dict[str, Any]:
         "spark.executorEnv.PYTHONPATH": str(CODE),
         "spark.sql.shuffle.partitions": str(gpus),
         "spark.sql.execution.arrow.maxRecordsPerBatch": "256",
-        "spark.barrier.sync.timeout": "600",
     }
     spark = gpupt_job.start_session("classify", workers, gpus=gpus, settings=settings)
     try:
@@ -275,4 +276,5 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     asked = read_arguments(argv)
-    return gpupt_job.run(lambda: classify(asked))
+    expected = (PySparkException, Py4JError, FileExistsError)
+    return gpupt_job.run(lambda: classify(asked), expected=expected)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,8 +165,9 @@ def save(model: Any, record: Mapping[str, Any], folder: Path) -> None:
     """
     if folder.exists():
         raise FileExistsError(f"{folder} exists: a model is never overwritten")
-    partial = folder.with_name(f"{folder.name}.partial")
-    partial.mkdir(parents=True, exist_ok=False)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    partial.chmod(0o755)
     model.save(partial / "model.keras")
     text = json.dumps(record, indent=1, sort_keys=True) + "\n"
     (partial / "model.json").write_text(text, encoding="utf-8")
