@@ -15,6 +15,8 @@ from pathlib import Path
 
 from gpupt.edges.chroot import bind, mount, overlay, ready
 
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
 
 def main(checkout: Path, layers: list[Path], command: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="gpupt-stack-") as scratch:
@@ -28,7 +30,8 @@ def main(checkout: Path, layers: list[Path], command: list[str]) -> int:
                 ready(merged),
                 bind(checkout, merged / "mnt", read_only=True),
             ):
-                return subprocess.run(["chroot", merged, *command], check=False).returncode
+                words = ["chroot", merged, "env", "-i", "HOME=/root", f"PATH={PATH}", *command]
+                return subprocess.run(words, check=False).returncode
 
 
 if __name__ == "__main__":

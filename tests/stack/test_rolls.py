@@ -56,8 +56,13 @@ def test_what_the_rolls_lock_is_what_is_there(in_image: InImage) -> None:
     assert printed.split()[:2] == [rolls["spark"].version, rolls["tensorflow"].version]
 
 
-def test_spark_starts_on_the_images_java(in_image: InImage) -> None:
-    assert "version" in in_image("/opt/gpupt/env/bin/spark-submit", "--version").lower()
+def test_spark_counts_on_the_images_java(in_image: InImage) -> None:
+    job = (
+        "from pyspark.sql import SparkSession as S; "
+        "s = S.builder.master('local[1]').config('spark.ui.enabled', 'false').getOrCreate(); "
+        "print('counted', s.range(1000).filter('id % 7 = 0').count()); s.stop()"
+    )
+    assert "counted 143" in in_image(PYTHON, "-c", job)
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
