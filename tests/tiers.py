@@ -217,6 +217,7 @@ def a_libvirtd() -> Iterator[None]:
 
 def stack() -> Counts:
     tests = need_tests("stack")
+    set_up("stack")
     return pytest(tests, deadline=1800)
 
 
