@@ -1,6 +1,6 @@
 """The job: one Spark session that trains, applies, and says how good the result is.
 
-Progress goes to stderr; the last line of stdout is one JSON object.  Each run has an id,
+The last line of stdout is one JSON object; what comes before it is progress.  Each run has an id,
 and with it folders of its own: models/ID and predictions/ID.  Nothing is overwritten.
 """
 
