@@ -67,7 +67,10 @@ name_option = click.option("--name", default="lab", show_default=True, help="Whi
 @name_option
 @click.option("--cpus", type=click.IntRange(1, 64), default=None, help="Default: this machine's.")
 @click.option(
-    "--memory", default=None, metavar="SIZE", help="Such as 10G (default: half of what is free)."
+    "--memory",
+    default=None,
+    metavar="SIZE",
+    help="Such as 10G (default: two thirds of what is free).",
 )
 @click.option(
     "--topology",
@@ -179,7 +182,7 @@ def boot_lab(
     return start_lab(machine, state=settings.state, trees=trees, narrate=narrate)
 
 
-@lab.command(context_settings={"ignore_unknown_options": True})
+@lab.command(context_settings={"allow_interspersed_args": False})
 @name_option
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 @common
@@ -244,9 +247,9 @@ def parse_size(text: str) -> int:
 
 
 def default_memory() -> int:
-    """Half of what the machine has free, 4 to 16 GiB, in bytes."""
+    """Two thirds of what the machine has free, 4 to 16 GiB, in bytes."""
     free = available_memory() or 8 << 30
-    return max(4 << 30, min(16 << 30, free // 2 >> 20 << 20))
+    return max(4 << 30, min(16 << 30, free * 2 // 3 >> 20 << 20))
 
 
 def available_memory() -> int | None:

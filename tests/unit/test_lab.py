@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -465,6 +466,25 @@ def test_run_and_shell_need_a_host_that_is_up(tmp_path: Path) -> None:
         error, _ = invoke(tmp_path, *words)
         assert isinstance(error, Failed)
         assert error.remedy == "gpupt lab up"
+
+
+def test_run_hands_the_command_to_ssh_word_by_word(tmp_path: Path) -> None:
+    me = host.process_identity(os.getpid())
+    record(tmp_path, pid=os.getpid(), started=me or "")
+    ssh = tmp_path / "bin/ssh"
+    ssh.parent.mkdir()
+    ssh.write_text('#!/bin/sh\nfor word; do last=$word; done; echo "$last"; exit 7\n')
+    ssh.chmod(0o755)
+    words = ["lab", "run", "gpupt", "list", "--json", "--root", "a b"]
+    done = subprocess.run(
+        [sys.executable, "-m", "gpupt.cli.main", "--state", str(tmp_path), *words],
+        env={**os.environ, "PATH": f"{ssh.parent}:/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (7, "gpupt list --json --root 'a b'\n"), done.stderr
 
 
 def test_list_as_json(tmp_path: Path) -> None:
