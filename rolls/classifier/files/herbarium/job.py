@@ -123,7 +123,9 @@ def choose(asked: argparse.Namespace) -> tuple[Source, Split]:
         source = Drawn(asked.seed, asked.sheet_height)
         return source, split_drawn(train=asked.train_specimens, apply=asked.apply_specimens)
     try:
-        collection = read_collection(asked.images, asked.labels, height=asked.recipe.height)
+        collection = read_collection(
+            asked.images.resolve(), asked.labels, height=asked.recipe.height
+        )
         for path, why in collection.unreadable:
             gpupt_job.say(f"left out, unreadable: {path}: {why}")
         if collection.duplicates:
