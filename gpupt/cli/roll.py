@@ -31,11 +31,11 @@ def list_rolls(settings: Settings) -> None:
 
     rolls = read_rolls()
     if settings.as_json:
-        settings.emit({"rolls": [_brief(found) for found in rolls.values()]})
+        settings.emit({"rolls": [{**_brief(found), "name": name} for name, found in rolls.items()]})
         return
     width = max(len(name) for name in rolls)
-    for found in rolls.values():
-        click.echo(f"{found.name:<{width}}  {found.version:<8}  {found.summary}")
+    for name, found in rolls.items():
+        click.echo(f"{name:<{width}}  {found.version:<8}  {found.summary}")
 
 
 @roll.command()
@@ -49,11 +49,11 @@ def info(settings: Settings, *, name: str) -> None:
     rolls = read_rolls()
     order = closure((name,), rolls)
     found = rolls[name]
-    baked_on = [one.name for one in order if one.name != name]
+    baked_on = [one.name for one in order if one.name != found.name]
     if settings.as_json:
         settings.emit({"roll": {**_whole(found), "baked_on": baked_on}})
         return
-    click.echo(f"{found.name} {found.version}: {found.summary}")
+    click.echo(f"{name} {found.version}: {found.summary}")
     lines = [
         ("baked on", " → ".join(baked_on)),
         ("packages", " ".join(found.packages)),

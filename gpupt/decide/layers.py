@@ -32,36 +32,52 @@ def closure(wanted: Iterable[str], rolls: Mapping[str, Roll]) -> tuple[Roll, ...
     """The wanted rolls and all they need, each after what it needs, the base first.
 
     The order depends on the set alone, never on the order it was asked for in, so that
-    equal sets share an image.  Raises BadInput for an unknown roll and for a circle.
+    equal sets share an image.  ``tensorflow=cuda`` asks for a variant: whoever needs
+    tensorflow gets that.  Raises BadInput for an unknown roll and for a circle.
     """
-    done: dict[str, Roll] = {}
+    return tuple(rolls[key] for key in _keys(wanted, rolls))
+
+
+def _keys(wanted: Iterable[str], rolls: Mapping[str, Roll]) -> tuple[str, ...]:
+    """The keys in ``rolls`` of the closure, in its order."""
+    asked = tuple(sorted(set(wanted)))
+    chosen: dict[str, str] = {}
+    for key in asked:
+        name, sign, _ = key.partition("=")
+        if sign and chosen.setdefault(name, key) != key:
+            raise BadInput(f"two variants of the roll {name} are asked for: {', '.join(asked)}")
+    done: dict[str, None] = {}
 
     def add(name: str, path: tuple[str, ...]) -> None:
-        if name in done:
+        key = chosen.get(name, name)
+        if key in done:
             return
-        if name in path:
-            circle = " → ".join((*path[path.index(name) :], name))
+        if key in path:
+            circle = " → ".join((*path[path.index(key) :], key))
             raise BadInput(f"rolls need each other in a circle: {circle}")
-        roll = _known(name, rolls, needed_by=path[-1] if path else None)
+        roll = _known(key, rolls, needed_by=path[-1] if path else None)
         for need in sorted(roll.needs):
-            add(need, (*path, name))
-        done[name] = roll
+            add(need, (*path, key))
+        done[key] = None
 
-    for name in (BASE, *sorted(set(wanted))):
-        add(name, ())
-    return tuple(done.values())
+    for key in (BASE, *asked):
+        add(key, ())
+    return tuple(done)
 
 
 def plan_stack(wanted: Iterable[str], rolls: Mapping[str, Roll], *, ground: Ground) -> Stack:
     """The layers to bake for the wanted rolls; raises BadInput as ``closure`` does."""
     layers: list[Layer] = []
     below: str | None = None
-    for roll in closure(wanted, rolls):
+    for key in _keys(wanted, rolls):
+        roll = rolls[key]
         inputs = [str(BAKE_FORMAT), ground.architecture, ground.suite, below or "", roll.digest]
+        if key != roll.name:
+            inputs.append(key)
         if roll.name == SELF:
             inputs.append(ground.source_digest)
         digest = short_digest(*inputs)
-        layers.append(Layer(roll.name, digest, below))
+        layers.append(Layer(key, digest, below))
         below = digest
     return Stack(tuple(layers), short_digest("image", str(BAKE_FORMAT), below or ""))
 

@@ -217,7 +217,6 @@ def _bake_layer(
             suite=SUITE,
             architecture=architecture(),
             mirror=sources.mirror,
-            apt_options=sources.apt_options,
             find_links=sources.find_links,
             certificates=str(sources.certificates) if sources.certificates else None,
             uv=str(find_uv()),

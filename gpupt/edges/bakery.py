@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from gpupt.edges import chroot
 from gpupt.edges.ansible import apply_role
 from gpupt.edges.initrd import write_initrd
 from gpupt.edges.process import Completed, failure, run, stream
+from gpupt.edges.sources import proxies_for_apt
 from gpupt.errors import Failed, GpuptError
 
 SAY, WRONG = "say ", "wrong "
@@ -43,7 +44,6 @@ class Order:
     suite: str = ""
     architecture: str = ""
     mirror: str | None = None
-    apt_options: tuple[str, ...] = ()
     find_links: tuple[str, ...] = ()
     certificates: str | None = None
     uv: str = ""
@@ -182,14 +182,11 @@ def _bootstrap(order: Order, tree: Path, note: Callable[[str], None]) -> None:
         "--dpkgopt=path-exclude=/usr/share/locale/*",
         "--dpkgopt=path-exclude=/usr/share/lintian/*",
     ]
-    for option in order.apt_options:
-        key, _, value = option.partition("=")
-        words.append(f'--aptopt={key} "{value}"')
     words += [order.suite, tree]
     if order.mirror:
         words.append(f"deb {order.mirror} {order.suite} main")
     tree.rmdir()
-    _logged(words, note=note)
+    _logged(words, note=note, environment=proxies_for_apt(os.environ))
 
 
 @contextmanager
@@ -224,10 +221,10 @@ def _install_packages(order: Order, tree: Path, note: Callable[[str], None]) -> 
     apt += ["-o", "Dpkg::Use-Pty=0", "-o", "Acquire::Retries=3"]
     if order.certificates:
         apt += ["-o", f"Acquire::https::CaInfo={chroot.BENCH}/certificates.crt"]
-    for option in order.apt_options:
-        apt += ["-o", option]
-    _inside(tree, [*apt, "update"], note=note)
-    _inside(tree, [*apt, "install", "--no-install-recommends", *order.packages], note=note)
+    proxies = proxies_for_apt(os.environ)
+    install = ["install", "--no-install-recommends", *order.packages]
+    for words in (["update"], install):
+        _inside(tree, [*apt, *words], note=note, environment=proxies)
 
 
 def _install_python(order: Order, tree: Path, note: Callable[[str], None]) -> None:
@@ -240,8 +237,8 @@ def _install_python(order: Order, tree: Path, note: Callable[[str], None]) -> No
         _inside(tree, words, note=note)
     install = [uv, "pip", "install", "--python", f"{environment}/bin/python", "--compile-bytecode"]
     for number, link in enumerate(order.find_links):
-        inside = f"{chroot.BENCH}/links{number}" if Path(link).is_dir() else link
-        install += ["--find-links", inside]
+        if Path(link).is_dir():
+            install += ["--find-links", f"{chroot.BENCH}/links{number}"]
     if order.lock:
         lock = ["--require-hashes", "-r", f"{chroot.BENCH}/roll/{order.lock}"]
         try:
@@ -272,8 +269,14 @@ def _apply(order: Order, tree: Path, note: Callable[[str], None]) -> None:
     note(f"role {order.roll}: {changed} tasks changed something")
 
 
-def _inside(tree: Path, words: list[str], *, note: Callable[[str], None]) -> None:
-    """Run a program in the tree with a small environment."""
+def _inside(
+    tree: Path,
+    words: list[str],
+    *,
+    note: Callable[[str], None],
+    environment: Mapping[str, str] | None = None,
+) -> None:
+    """Run a program in the tree with a small environment, ``environment`` laid over it."""
     given = {key: value for key, value in os.environ.items() if key.startswith("UV_")}
     given |= {k: v for k, v in os.environ.items() if k.lower().endswith("_proxy")}
     given |= {
@@ -288,6 +291,7 @@ def _inside(tree: Path, words: list[str], *, note: Callable[[str], None]) -> Non
     }
     if (tree / chroot.BENCH.lstrip("/") / "certificates.crt").exists():
         given["SSL_CERT_FILE"] = f"{chroot.BENCH}/certificates.crt"
+    given |= environment or {}
     # What is kept goes by the environment, not on argv: an index's address may hold a secret.
     unset = [word for key in os.environ if key not in given for word in ("-u", key)]
     _logged(["env", *unset, "chroot", tree, *words], note=note, environment=given)
@@ -297,7 +301,7 @@ def _logged(
     words: Sequence[str | Path],
     *,
     note: Callable[[str], None],
-    environment: dict[str, str] | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> None:
     """Run a program with its output in the log; raises Failed with the end of it."""
     shown = " ".join(str(word) for word in words)

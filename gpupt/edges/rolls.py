@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from gpupt.edges.resources import resource_folder
@@ -18,20 +19,25 @@ _LONGEST = 24 * 3600
 
 
 def read_rolls(folder: Path | None = None) -> dict[str, Roll]:
-    """Every roll under ``folder`` (by default this installation's) by name, sorted.
+    """Every roll under ``folder`` (by default this installation's) by name, sorted; a
+    variant follows its roll, by a name such as ``tensorflow=cuda``.
 
     Raises BadInput with file, line and column.
     """
     folder = folder or resource_folder("rolls")
-    return {
-        entry.name: read_roll(entry)
-        for entry in sorted(folder.iterdir())
-        if (entry / "roll.yaml").is_file()
-    }
+    found: dict[str, Roll] = {}
+    for entry in sorted(folder.iterdir()):
+        if (entry / "roll.yaml").is_file():
+            roll, variants = read_roll(entry)
+            found[roll.name] = roll
+            for name, lock in variants:
+                found[f"{roll.name}={name}"] = replace(roll, lock=lock)
+    return found
 
 
-def read_roll(folder: Path) -> Roll:
-    """The roll in that folder; its name is the folder's.  Raises BadInput."""
+def read_roll(folder: Path) -> tuple[Roll, tuple[tuple[str, str], ...]]:
+    """The roll in that folder, whose name is the folder's, and the names and locks of its
+    variants.  Raises BadInput."""
     if not _NAME.fullmatch(folder.name):
         raise BadInput(
             f"{folder.name!r} cannot be a roll's name",
@@ -44,11 +50,12 @@ def read_roll(folder: Path) -> Roll:
         "needs",
         "packages",
         "lock",
+        "variants",
         "checks",
         "jobs",
         required=("version", "summary"),
     )
-    return Roll(
+    roll = Roll(
         name=folder.name,
         version=fields["version"].text(),
         summary=fields["summary"].text(),
@@ -59,6 +66,7 @@ def read_roll(folder: Path) -> Roll:
         jobs=tuple(_job(item) for item in _items(fields.get("jobs"))),
         digest=folder_digest(folder),
     )
+    return roll, tuple(_variant(item, folder) for item in _items(fields.get("variants")))
 
 
 def verify_roll(roll: Roll, folder: Path | None = None) -> tuple[str, ...]:
@@ -139,6 +147,18 @@ def _lock(value: Value | None, folder: Path) -> str | None:
     if not (folder / name).is_file():
         value.wrong(f"the lock {name!r} is not there", expected=f"a file under {folder}")
     return name
+
+
+def _variant(value: Value, folder: Path) -> tuple[str, str]:
+    fields = value.fields("name", "lock", required=("name", "lock"))
+    name = fields["name"].text()
+    if not _NAME.fullmatch(name):
+        fields["name"].wrong(
+            f"{name!r} cannot be a variant's name", expected="lower-case letters, digits, hyphens"
+        )
+    lock = _lock(fields["lock"], folder)
+    assert lock is not None
+    return name, lock
 
 
 def _check(value: Value) -> Check:

@@ -17,6 +17,7 @@ from gpupt.edges.process import run
 from gpupt.errors import BadInput, GpuptError
 
 MIRROR_VARIABLE = "GPUPT_DEBIAN_MIRROR"
+APT_PROXY = "GPUPT_APT_PROXY_"
 SUITE = "trixie"
 _CERTIFICATES = (
     "/etc/ssl/certs/ca-certificates.crt",
@@ -30,11 +31,11 @@ _PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 class Sources:
     """What a bake downloads from.  ``mirror`` None: mmdebstrap's own default.
 
-    ``environment`` and ``find_links`` are uv's; both may hold secrets: never printed.
+    ``environment`` is uv's, and apt's proxies under names of their own; it may hold
+    secrets, so it is never printed and goes by no command line.  ``find_links`` are folders.
     """
 
     mirror: str | None
-    apt_options: tuple[str, ...]
     environment: Mapping[str, str]
     find_links: tuple[str, ...]
     certificates: Path | None
@@ -57,13 +58,14 @@ def read_sources(*, mirror: str | None = None) -> Sources:
         )
     settings = pip_settings(_pip_config(), os.environ)
     environment, find_links = uv_sources(settings)
+    environment |= apt_proxies(_apt_config())
     for name in _PROXIES:
         for spelling in (name, name.upper()):
             if spelling in os.environ:
                 environment[spelling] = os.environ[spelling]
     named = settings.get("cert") or os.environ.get("SSL_CERT_FILE")
     certificates = next((Path(p) for p in (named, *_CERTIFICATES) if p and Path(p).is_file()), None)
-    return Sources(chosen, _apt_options(), environment, find_links, certificates)
+    return Sources(chosen, environment, find_links, certificates)
 
 
 def debian_mirror(targets: str) -> str | None:
@@ -91,7 +93,7 @@ def pip_settings(listing: str, environment: Mapping[str, str]) -> dict[str, str]
 
 
 def uv_sources(settings: Mapping[str, str]) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Pip's settings as uv's environment, and the find-links (folders or addresses) apart."""
+    """Pip's settings as uv's environment, and the folders among its find-links apart."""
     environment: dict[str, str] = {}
     if "index-url" in settings:
         environment["UV_DEFAULT_INDEX"] = settings["index-url"]
@@ -101,7 +103,27 @@ def uv_sources(settings: Mapping[str, str]) -> tuple[dict[str, str], tuple[str, 
         environment["UV_INSECURE_HOST"] = " ".join(settings["trusted-host"].split())
     if settings.get("no-index", "").lower() in {"1", "true", "yes", "on"}:
         environment["UV_NO_INDEX"] = "1"
-    return environment, tuple(shlex.split(settings.get("find-links", "")))
+    links = shlex.split(settings.get("find-links", ""))
+    addresses = [link for link in links if "://" in link]
+    if addresses:
+        environment["UV_FIND_LINKS"] = ",".join(addresses)
+    return environment, tuple(link for link in links if "://" not in link)
+
+
+def apt_proxies(config: str) -> dict[str, str]:
+    """Apt's proxies out of ``apt-config dump``, under APT_PROXY and the scheme in capitals:
+    they are apt's alone, often a cache of packages that knows no other traffic."""
+    found = re.findall(r'^Acquire::(http|https)::Proxy "(.+)";$', config, re.MULTILINE)
+    return {f"{APT_PROXY}{scheme.upper()}": address for scheme, address in found}
+
+
+def proxies_for_apt(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment that has apt and mmdebstrap use what ``apt_proxies`` found."""
+    return {
+        f"{name.removeprefix(APT_PROXY).lower()}_proxy": value
+        for name, value in environment.items()
+        if name.startswith(APT_PROXY)
+    }
 
 
 def _debian_mirror() -> str | None:
@@ -122,16 +144,8 @@ def _pip_config() -> str:
     return done.stdout if done.status == 0 else ""
 
 
-def _apt_options() -> tuple[str, ...]:
-    """Apt's proxy settings, so that apt in the bake reaches what apt here reaches."""
+def _apt_config() -> str:
     try:
-        dump = run(["apt-config", "dump"], deadline=30).stdout
+        return run(["apt-config", "dump"], deadline=30).stdout
     except GpuptError:
-        return ()
-    return tuple(
-        f"{key}={value}"
-        for key, value in re.findall(
-            r'^(Acquire::(?:http|https)::Proxy(?:::[^ ]+)?) "(.*)";$', dump, re.M
-        )
-        if value
-    )
+        return ""

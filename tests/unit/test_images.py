@@ -254,11 +254,14 @@ def test_pips_settings_become_uvs() -> None:
         "global.extra-index-url='https://a.example\\nhttps://b.example'\n"
         "global.timeout='180'\n"
     )
-    settings = sources.pip_settings(listing, {"PIP_FIND_LINKS": "/a '/b c'", "HOME": "/"})
+    settings = sources.pip_settings(
+        listing, {"PIP_FIND_LINKS": "/a '/b c' https://me:pw@c.example/", "HOME": "/"}
+    )
     environment, links = sources.uv_sources(settings)
     assert environment == {
         "UV_DEFAULT_INDEX": "https://index.example/simple",
         "UV_INDEX": "https://a.example https://b.example",
+        "UV_FIND_LINKS": "https://me:pw@c.example/",
     }
     assert links == ("/a", "/b c")
 
@@ -266,6 +269,15 @@ def test_pips_settings_become_uvs() -> None:
 def test_the_environment_goes_before_pips_file() -> None:
     settings = sources.pip_settings("global.index-url='a'\n", {"PIP_INDEX_URL": "b"})
     assert settings["index-url"] == "b"
+
+
+def test_apts_proxies_are_apts_alone() -> None:
+    dump = 'Acquire::http::Proxy "http://cache.example:3142";\nAcquire::http::Proxy::x "DIRECT";\n'
+    found = sources.apt_proxies(dump)
+    assert found == {"GPUPT_APT_PROXY_HTTP": "http://cache.example:3142"}
+    assert sources.proxies_for_apt({**found, "http_proxy": "other"}) == {
+        "http_proxy": "http://cache.example:3142"
+    }
 
 
 def test_a_mirror_with_a_password_is_refused_without_repeating_it(

@@ -52,6 +52,22 @@ def test_equal_sets_share_an_image_in_whatever_order_they_are_asked_for() -> Non
     assert len(digests) == 1
 
 
+def test_a_variant_stands_in_for_its_roll_wherever_that_is_needed() -> None:
+    known = KNOWN | {"tensorflow=cuda": replace(KNOWN["tensorflow"], lock="cuda.lock")}
+    stack = plan_stack(["classifier", "tensorflow=cuda"], known, ground=GROUND)
+    assert stack.rolls == ("base", "node", "spark", "tensorflow=cuda", "classifier")
+    plain = plan_stack(["classifier"], known, ground=GROUND)
+    assert [a == b for a, b in zip(stack.layers, plain.layers, strict=True)] == [True] * 3 + [
+        False
+    ] * 2
+
+
+def test_two_variants_of_one_roll_are_refused() -> None:
+    known = KNOWN | {f"tensorflow={name}": KNOWN["tensorflow"] for name in ("cuda", "rocm")}
+    with pytest.raises(BadInput, match="two variants of the roll tensorflow"):
+        closure(["tensorflow=cuda", "tensorflow=rocm"], known)
+
+
 def test_a_misspelt_roll_is_refused_with_a_near_match() -> None:
     with pytest.raises(BadInput) as caught:
         closure(["sprak"], KNOWN)

@@ -25,7 +25,7 @@ def write(folder: Path, text: str, *, name: str = "mine") -> Path:
 
 @pytest.mark.parametrize("name", OWN)
 def test_every_roll_of_ours_is_whole(name: str) -> None:
-    assert closure([name], OWN)[-1].name == name or name == "base"
+    assert closure([name], OWN)[-1] == OWN[name]
     assert verify_roll(OWN[name])
 
 
@@ -39,7 +39,7 @@ def test_a_whole_roll_is_read(tmp_path: Path) -> None:
     )
     (home / "files").mkdir()
     (home / "files/r.lock").write_text("a==1 --hash=sha256:00\n")
-    roll = read_roll(home)
+    roll, _ = read_roll(home)
     assert (roll.name, roll.version, roll.needs, roll.packages) == (
         "mine",
         "1",
@@ -91,6 +91,23 @@ def test_a_mistake_is_refused_with_its_place(
     assert caught.value.details[0] == f"at {home}/roll.yaml:{place}"
 
 
+def test_a_variant_is_its_roll_with_another_lock(tmp_path: Path) -> None:
+    home = write(tmp_path, GOOD + "lock: a.lock\nvariants: [{name: cuda, lock: b.lock}]\n")
+    for name in ("a.lock", "b.lock"):
+        (home / name).write_text("a==1 --hash=sha256:00\n")
+    found = read_rolls(tmp_path)
+    assert {key: (one.name, one.lock) for key, one in found.items()} == {
+        "mine": ("mine", "a.lock"),
+        "mine=cuda": ("mine", "b.lock"),
+    }
+
+
+def test_a_variant_whose_lock_is_not_there_is_refused(tmp_path: Path) -> None:
+    home = write(tmp_path, GOOD + "variants: [{name: cuda, lock: b.lock}]\n")
+    with pytest.raises(BadInput, match=r"the lock 'b\.lock' is not there"):
+        read_roll(home)
+
+
 def test_a_folder_that_cannot_be_a_name_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="cannot be a roll's name"):
         read_roll(write(tmp_path, GOOD, name="My_Roll"))
@@ -136,10 +153,11 @@ def pins(path: Path) -> dict[str, str]:
     return dict(found)
 
 
-def test_locks_of_rolls_that_meet_in_one_environment_agree() -> None:
+@pytest.mark.parametrize("name", ["requirements.lock"])
+def test_locks_of_rolls_that_meet_in_one_environment_agree(name: str) -> None:
     rolls = resource_folder("rolls")
     spark = pins(rolls / "spark/files/requirements.lock")
-    tensorflow = pins(rolls / "tensorflow/files/requirements.lock")
+    tensorflow = pins(rolls / "tensorflow/files" / name)
     shared = spark.keys() & tensorflow.keys()
     assert "numpy" in shared
     assert {name for name in shared if spark[name] != tensorflow[name]} == set()
