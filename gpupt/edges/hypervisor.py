@@ -184,6 +184,13 @@ class Hypervisor:
             if domain is not None and self._call(f"read {name}", domain.isActive):
                 self._call(f"shut {name} down", domain.shutdown)
 
+    def reset(self, name: str) -> None:
+        """Press a running guest's reset button; raises Failed."""
+        domain = self._find_domain(name)
+        if domain is None:
+            raise Failed(f"there is no domain {name}")
+        self._call(f"reset {name}", domain.reset)
+
     def _shut_down(self, domain: Any, name: str, patience: float) -> bool:
         """Ask the guest to power off; whether it did so in time."""
         end = time.monotonic() + patience

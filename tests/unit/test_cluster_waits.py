@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NoReturn
 
 import pytest
 from clusters import machine, two_gpus
 from test_ssh import Server, connect, server  # noqa: F401 (a fixture)
 
+from gpupt.actions import AwaitNode
+from gpupt.apply import waits
 from gpupt.apply.clusterworld import ClusterWorld
 from gpupt.apply.waits import keep_journal, last_json, pass_check
 from gpupt.decide.allocation import allocate
@@ -136,3 +140,28 @@ def test_journal_that_cannot_be_had_is_said(server: Server, tmp_path: Path) -> N
 )
 def test_result_of_a_job_is_its_last_object(text: str, found: object) -> None:
     assert last_json(text) == found
+
+
+@pytest.mark.parametrize(("slow", "resets"), [(True, ["herbarium-compute-0"]), (False, [])])
+def test_node_that_is_stuck_in_an_emulated_host_is_reset_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow: bool, resets: list[str]
+) -> None:
+    placement = allocate(two_gpus(), host=machine("emulated_host")).of("compute-0")
+    pressed: list[str] = []
+    ours = ClusterWorld(
+        state=tmp_path, uri="", rolls={}, bake=print, accelerated=lambda: True, slow=slow
+    )
+    ours.hypervisor_open = SimpleNamespace(reset=pressed.append)  # type: ignore[assignment]
+    monkeypatch.setattr(waits, "require_running", lambda *_: None)
+    monkeypatch.setattr(waits, "STUCK_SECONDS", -1.0)
+
+    def silent(*_: object, alive: Callable[[], None], **__: object) -> NoReturn:
+        alive()
+        alive()
+        raise DeadlineExceeded("compute-0 did not answer SSH")
+
+    monkeypatch.setattr(ClusterWorld, "ssh", silent)
+    action = AwaitNode("herbarium", placement, deadline=1, why="")
+    with pytest.raises(DeadlineExceeded):
+        waits.await_node(action, ours, narrate=print)
+    assert pressed == resets
