@@ -153,7 +153,7 @@ def pins(path: Path) -> dict[str, str]:
     return dict(found)
 
 
-@pytest.mark.parametrize("name", ["requirements.lock"])
+@pytest.mark.parametrize("name", ["requirements.lock", "requirements-cuda.lock"])
 def test_locks_of_rolls_that_meet_in_one_environment_agree(name: str) -> None:
     rolls = resource_folder("rolls")
     spark = pins(rolls / "spark/files/requirements.lock")
