@@ -159,8 +159,8 @@ def dump(merged):
 def main():
     if sys.argv[1:] != ["inside"]:
         gather_jars()
-        words = ["unshare", "--net", "--uts", sys.executable, "-IS", os.path.abspath(__file__), "inside"]
-        return subprocess.run(words).returncode
+        again = [sys.executable, "-IS", os.path.abspath(__file__), "inside"]
+        return subprocess.run(["unshare", "--net", "--uts", *again]).returncode
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
     socket.sethostname("localhost")
     folder = tempfile.mkdtemp(prefix="gpupt-classes-")
