@@ -110,11 +110,12 @@ class HostPicture:
 
 @dataclass(frozen=True, slots=True)
 class SeenGpu:
-    """A GPU as a node itself saw it; ``address`` is the guest's own."""
+    """A GPU as a node itself saw it; ``address`` is the guest's own.  ``class_code`` None: not
+    said."""
 
     address: PciAddress
     id: PciId
-    class_code: int
+    class_code: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

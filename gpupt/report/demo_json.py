@@ -89,7 +89,7 @@ def _node(node: DemoNode) -> dict[str, Any]:
                 "address": str(gpu.address),
                 "vendor_id": f"{gpu.id.vendor:04x}",
                 "device_id": f"{gpu.id.device:04x}",
-                "class": f"{gpu.class_code:06x}",
+                "class": None if gpu.class_code is None else f"{gpu.class_code:06x}",
             }
             for gpu in node.gpus_seen
         ],
@@ -212,13 +212,14 @@ def _number(given: float | str | None) -> float | None:
 
 
 def seen_gpus(facts: Mapping[str, Any]) -> tuple[SeenGpu, ...]:
-    """The GPUs in what ``gpupt-node facts`` printed; raises Failed."""
+    """The GPUs in what ``gpupt-node facts`` printed, or in a node of ``gpupt show``, which
+    leaves the class out; raises Failed."""
     try:
         return tuple(
             SeenGpu(
                 PciAddress.parse(gpu["address"]),
                 PciId(int(gpu["vendor_id"], 16), int(gpu["device_id"], 16)),
-                int(gpu["class"], 16),
+                int(gpu["class"], 16) if "class" in gpu else None,
             )
             for gpu in facts["gpus"]
         )

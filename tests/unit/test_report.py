@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from demo_values import CLASSIFIER, GIB, HOST_PICTURE, SUMMARY, address, function
 
+from gpupt.decide.facts import SeenGpu as NodeGpu
 from gpupt.errors import Failed
 from gpupt.model.demo import (
     Exercise,
@@ -23,6 +24,7 @@ from gpupt.model.demo import (
     TimelineEntry,
 )
 from gpupt.model.pci import PciId
+from gpupt.report.cluster import seen_json
 from gpupt.report.demo_json import (
     classifier_result,
     exercises,
@@ -107,9 +109,18 @@ def test_jobs_are_parsed() -> None:
     facts = {"gpus": [{"address": "07:00.0", "vendor_id": "10de", "device_id": "2330",
                        "class": "030200"}]}  # fmt: skip
     assert seen_gpus(facts) == (SeenGpu(address("07:00.0"), PciId(0x10DE, 0x2330), 0x030200),)
+    shown = {"gpus": [{"address": "07:00.0", "vendor_id": "10de", "device_id": "2330"}]}
+    assert seen_gpus(shown) == (SeenGpu(address("07:00.0"), PciId(0x10DE, 0x2330)),)
     for factorial in (0x375F00, "0x375f00", "375f00"):
         printed = {"gpus": [{"address": "07:00.0", "factorial": factorial, "dma": True}]}
         assert exercises(printed) == (Exercise(address("07:00.0"), 3628800, True),)
+
+
+def test_what_up_prints_of_a_node_is_what_the_demo_reads() -> None:
+    told = NodeGpu("0000:07:00.0", PciId(0x10DE, 0x2330))
+    assert seen_gpus({"gpus": [seen_json(told)]}) == (
+        SeenGpu(address("07:00.0"), PciId(0x10DE, 0x2330)),
+    )
 
 
 @pytest.mark.parametrize(
@@ -119,6 +130,7 @@ def test_jobs_are_parsed() -> None:
         (spark_result, {"workers": "many", "gpu_addresses": [], "job_seconds": 1}),
         (classifier_result, {"confusion": [[1, 2], [3]]}),
         (seen_gpus, {"gpus": [{"address": "07:00.0"}]}),
+        (seen_gpus, {"gpus": None}),
         (exercises, {}),
     ],
 )
