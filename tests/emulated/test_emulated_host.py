@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from emulatedhost import BENCH, NAME, PYTHON, Host, gpupt
+from emulatedhost import BENCH, NAME, PYTHON, STATE, Host, gpupt
 
 from gpupt.edges.ssh import Ssh
 from gpupt.lab.host import Lab
@@ -58,6 +58,17 @@ def test_another_host_key_is_refused(booted: Lab) -> None:
             deadline=60,
             waiting_for="the emulated host",
         )
+
+
+def test_no_task_is_placed_on_an_emulated_processor_0(booted: Lab, host: Host) -> None:
+    # A guest there would crash: docs/decisions/0005-nested-emulation-crashes.md
+    isolated = host.run("cat", "/sys/devices/system/cpu/isolated").stdout.strip()
+    status = host.run("cat", "/proc/self/status").stdout
+    allowed = status.partition("Cpus_allowed_list:")[2].split()[0]
+    if booted.accelerator == "tcg":
+        assert (isolated, allowed[0]) == ("0", "1")
+    else:
+        assert (isolated, allowed[0]) == ("", "0")
 
 
 # What gpupt says of it
@@ -196,3 +207,23 @@ def await_true(host: Host, script: str, *, deadline: float, log: str) -> None:
             said = host.sh(f"cat {BENCH}/{log}", check=False).stdout
             pytest.fail(f"not so after {deadline:g} s: {script}\n{said}")
         time.sleep(1)
+
+
+# Its end
+
+
+def test_a_panic_ends_it_and_is_told_at_once() -> None:
+    name = f"{NAME}-panic"
+    gpupt("lab", "down", "--name", name)
+    try:
+        up = gpupt("lab", "up", "--name", name, "--memory", "2G", "--cpus", "1")
+        assert up.returncode == 0, up.stderr
+        crash = "echo c > /proc/sysrq-trigger; sleep 3600"
+        told = gpupt("lab", "run", "--name", name, "--", "sh", "-c", crash, deadline=120)
+        assert told.returncode != 0
+        after = gpupt("lab", "run", "--name", name, "--", "true")
+        assert after.returncode != 0
+        assert "is not up" in after.stderr
+        assert "Kernel panic" in (STATE / "lab" / name / "console.log").read_text(errors="replace")
+    finally:
+        gpupt("lab", "down", "--name", name)

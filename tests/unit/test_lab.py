@@ -160,6 +160,18 @@ def test_no_name_is_too_long_for_fw_cfg() -> None:
     assert all(len(name) <= 55 for name in names), "QEMU keeps 56 bytes for a name and its end"
 
 
+def test_an_emulated_processor_0_is_left_out_of_the_work() -> None:
+    emulated = replace(MACHINE, accelerator="tcg", cpus=4)
+    words = machine.qemu_arguments(emulated)
+    assert words[words.index("-smp") + 1] == "5"
+    line = machine.kernel_line(emulated).split()
+    assert {"isolcpus=managed_irq,domain,0", "irqaffinity=1-4"} <= set(line)
+    real = replace(emulated, accelerator="kvm")
+    words = machine.qemu_arguments(real)
+    assert words[words.index("-smp") + 1] == "4"
+    assert "isolcpus" not in machine.kernel_line(real)
+
+
 def test_kvm_is_given_the_real_processor() -> None:
     words = machine.qemu_arguments(replace(MACHINE, accelerator="kvm"))
     assert words[words.index("-cpu") + 1] == "host"
