@@ -411,9 +411,13 @@ def bake(
 ) -> tuple[str, str]:
     """Bake what is missing; returns the digests of the host's image and of the nodes'."""
     from gpupt.cli.clusterworld import ALWAYS
+    from gpupt.cli.qemu import choose_qemu
     from gpupt.decide.layers import plan_stack
     from gpupt.edges.bake import bake_image, read_ground
     from gpupt.edges.rolls import read_rolls
+
+    def narrate(line: str) -> None:
+        timeline.say(f"           {line}")
 
     known = read_rolls()
     digests = []
@@ -424,10 +428,11 @@ def bake(
             stack.digest,
             rolls=known,
             state=settings.state,
-            narrate=lambda line: timeline.say(f"           {line}"),
+            narrate=narrate,
             mirror=mirror,
         )
         digests.append(stack.digest)
+    choose_qemu(settings, narrate=narrate, mirror=mirror)
     return digests[0], digests[1]
 
 

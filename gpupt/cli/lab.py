@@ -155,6 +155,7 @@ def boot_lab(
     ``images``: digests of what its own gpupt finds already built; none named: the newest of
     every set of rolls.  Raises BadInput, Failed when an image is missing or it does not boot.
     """
+    from gpupt.cli.qemu import choose_qemu
     from gpupt.edges.ssh import free_port
     from gpupt.lab.host import start_lab
     from gpupt.lab.machine import Machine
@@ -165,9 +166,8 @@ def boot_lab(
     narrate = narrate or settings.say
     cards = find_topology(topology)
     nodes = _node_images(settings, images)
-    boots, trees = _host_image(settings, host_image)
-    if accelerator == "auto":
-        accelerator = _probe(trees, narrate)
+    boots = _host_image(settings, host_image)
+    accelerator, trees = choose_qemu(settings, accelerator, narrate=narrate)
     machine = Machine(
         name=name,
         image=boots,
@@ -263,8 +263,8 @@ def available_memory() -> int | None:
     return None
 
 
-def _host_image(settings: Settings, digest: str | None) -> tuple[Image, tuple[Path, ...]]:
-    """The image to boot, and the trees that hold QEMU, topmost first."""
+def _host_image(settings: Settings, digest: str | None) -> Image:
+    """The image to boot; raises Failed when it is not there."""
     from gpupt.decide.layers import plan_stack
     from gpupt.edges.bake import read_ground
     from gpupt.edges.images import find_image
@@ -278,9 +278,7 @@ def _host_image(settings: Settings, digest: str | None) -> tuple[Image, tuple[Pa
             details=f"looked for {digest or stack.digest} in {settings.state / 'images'}",
             remedy="gpupt image build gpupt",
         )
-    layers = settings.state / "layers"
-    trees = [layers / layer.digest / "root" for layer in reversed(stack.layers)]
-    return image, tuple(tree for tree in trees if tree.is_dir())
+    return image
 
 
 def _node_images(settings: Settings, digests: tuple[str, ...]) -> tuple[Image, ...]:
@@ -298,19 +296,6 @@ def _node_images(settings: Settings, digests: tuple[str, ...]) -> tuple[Image, .
         if "host" not in image.rolls:
             newest.setdefault(image.rolls, image)
     return tuple(newest.values())
-
-
-def _probe(trees: tuple[Path, ...], narrate: Callable[[str], None]) -> str:
-    """kvm when a guest really runs on it, else tcg; said aloud."""
-    from gpupt.edges.kvm import probe_kvm
-    from gpupt.lab.emulator import find_emulator
-
-    verdict = probe_kvm(find_emulator(trees).argv)
-    if verdict.usable:
-        narrate(f"KVM: {verdict.why}")
-        return "kvm"
-    narrate(f"emulating the processor (TCG): {verdict.why}")
-    return "tcg"
 
 
 def _become(argv: list[str]) -> None:

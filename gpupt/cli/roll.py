@@ -57,6 +57,7 @@ def info(settings: Settings, *, name: str) -> None:
     lines = [
         ("baked on", " → ".join(baked_on)),
         ("packages", " ".join(found.packages)),
+        ("sources", " ".join(found.sources)),
         ("Python", found.lock or ""),
         ("digest", found.digest),
     ]
@@ -130,6 +131,7 @@ def _whole(found: Roll) -> dict[str, Any]:
     return {
         **_brief(found),
         "packages": list(found.packages),
+        "sources": list(found.sources),
         "lock": found.lock,
         "digest": found.digest,
         "checks": [

@@ -213,6 +213,7 @@ def _bake_layer(
             below=tuple(str(path) for path in below),
             rolls_folder=str(resource_folder("rolls")),
             packages=roll.packages,
+            sources=roll.sources,
             lock=roll.lock,
             suite=SUITE,
             architecture=architecture(),

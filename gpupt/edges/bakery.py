@@ -26,6 +26,7 @@ from gpupt.errors import Failed, GpuptError
 SAY, WRONG = "say ", "wrong "
 ENVIRONMENT = "/opt/gpupt/env"  # the Python environment that a node's rolls add to
 OWN_ENVIRONMENT = "/opt/gpupt/venv"  # gpupt's own, on a host
+SOURCES = "/var/tmp/sources"  # where a role finds its Debian sources; not kept
 _DEADLINE = 3600
 
 
@@ -40,6 +41,7 @@ class Order:
     below: tuple[str, ...]
     rolls_folder: str
     packages: tuple[str, ...] = ()
+    sources: tuple[str, ...] = ()
     lock: str | None = None
     suite: str = ""
     architecture: str = ""
@@ -110,6 +112,9 @@ def bake_layer(order: Order, note: Callable[[str], None]) -> None:
             if order.below and order.packages:
                 with _phase(order, f"{len(order.packages)} Debian packages and what they need"):
                     _install_packages(order, tree, note)
+            if order.sources:
+                with _phase(order, f"source of {', '.join(order.sources)}"):
+                    _fetch_sources(order, tree, note)
             if order.lock or order.wheel:
                 with _phase(order, "Python distributions"):
                     _install_python(order, tree, note)
@@ -217,14 +222,38 @@ def _bench(order: Order, tree: Path) -> Iterator[None]:
 
 
 def _install_packages(order: Order, tree: Path, note: Callable[[str], None]) -> None:
-    apt: list[str] = ["apt-get", "-q", "-y", "-o", "APT::Sandbox::User=root"]
-    apt += ["-o", "Dpkg::Use-Pty=0", "-o", "Acquire::Retries=3"]
-    if order.certificates:
-        apt += ["-o", f"Acquire::https::CaInfo={chroot.BENCH}/certificates.crt"]
-    proxies = proxies_for_apt(os.environ)
     install = ["install", "--no-install-recommends", *order.packages]
     for words in (["update"], install):
-        _inside(tree, [*apt, *words], note=note, environment=proxies)
+        _apt(order, tree, words, note=note)
+
+
+def _fetch_sources(order: Order, tree: Path, note: Callable[[str], None]) -> None:
+    """Unpack Debian's sources below SOURCES, from where the packages came; apt checks them."""
+    folder = tree / SOURCES.lstrip("/")
+    folder.mkdir()
+    packages = (tree / "etc/apt/sources.list").read_text().splitlines()
+    listed = tree / "etc/apt/sources.list.d/bake.list"
+    listed.write_text("".join(f"deb-src {line[4:]}\n" for line in packages if line[:4] == "deb "))
+    try:
+        _apt(order, tree, ["update"], note=note)
+        _apt(order, tree, ["source", *order.sources], note=note, folder=SOURCES)
+    finally:
+        listed.unlink()
+
+
+def _apt(
+    order: Order,
+    tree: Path,
+    words: list[str],
+    *,
+    note: Callable[[str], None],
+    folder: str = "/",
+) -> None:
+    apt: list[str] = ["env", f"--chdir={folder}", "apt-get", "-q", "-y"]
+    apt += ["-o", "APT::Sandbox::User=root", "-o", "Dpkg::Use-Pty=0", "-o", "Acquire::Retries=3"]
+    if order.certificates:
+        apt += ["-o", f"Acquire::https::CaInfo={chroot.BENCH}/certificates.crt"]
+    _inside(tree, [*apt, *words], note=note, environment=proxies_for_apt(os.environ))
 
 
 def _install_python(order: Order, tree: Path, note: Callable[[str], None]) -> None:

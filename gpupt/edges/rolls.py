@@ -49,6 +49,7 @@ def read_roll(folder: Path) -> tuple[Roll, tuple[tuple[str, str], ...]]:
         "summary",
         "needs",
         "packages",
+        "sources",
         "lock",
         "variants",
         "checks",
@@ -65,6 +66,7 @@ def read_roll(folder: Path) -> tuple[Roll, tuple[tuple[str, str], ...]]:
         checks=tuple(_check(item) for item in _items(fields.get("checks"))),
         jobs=tuple(_job(item) for item in _items(fields.get("jobs"))),
         digest=folder_digest(folder),
+        sources=_texts(fields.get("sources")),
     )
     return roll, tuple(_variant(item, folder) for item in _items(fields.get("variants")))
 

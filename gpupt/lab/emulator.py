@@ -1,4 +1,4 @@
-"""The QEMU that runs the emulated host: Debian 13's own, out of a baked tree, on any
+"""The QEMU that runs the emulated host: Debian 13's, out of a baked tree, on any
 distribution; no mount is needed, the tree's loader is told where the libraries lie."""
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from gpupt.errors import Failed
 
 LOADER = "usr/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2"
 LIBRARIES = "usr/lib/x86_64-linux-gnu"
-PROGRAM = "usr/bin/qemu-system-x86_64"
+# The one that roll emulator builds goes before Debian's.
+PROGRAMS = ("opt/gpupt/emulator/qemu-system-x86_64", "usr/bin/qemu-system-x86_64")
 FIRMWARE = ("usr/share/qemu", "usr/share/seabios")
 MODULES = "usr/lib/x86_64-linux-gnu/qemu"
 
@@ -34,7 +35,7 @@ def find_emulator(trees: Sequence[Path], *, preload: Path | None = None) -> Emul
 
     ``preload`` is loaded into it.  Raises Failed when the trees lack a part of it.
     """
-    program = _first(trees, PROGRAM)
+    program = _first(trees, *PROGRAMS)
     firmware = [part for folder in FIRMWARE for part in ("-L", str(_first(trees, folder)))]
     libraries = [str(tree / LIBRARIES) for tree in trees if (tree / LIBRARIES).is_dir()]
     words = [str(_first(trees, LOADER)), "--library-path", ":".join(libraries)]
@@ -68,12 +69,14 @@ def build_disguises(folder: Path) -> Path:
     return library
 
 
-def _first(trees: Sequence[Path], inside: str) -> Path:
-    for tree in trees:
-        if (tree / inside).exists():
-            return tree / inside
+def _first(trees: Sequence[Path], *inside: str) -> Path:
+    """The first of those paths that a tree has; raises Failed when none has any."""
+    for path in inside:
+        for tree in trees:
+            if (tree / path).exists():
+                return tree / path
     raise Failed(
-        f"the baked trees have no /{inside}",
+        f"the baked trees have no /{inside[-1]}",
         details=tuple(str(tree) for tree in trees),
         remedy="build the image of the roll that has QEMU: gpupt image build gpupt",
     )

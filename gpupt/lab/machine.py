@@ -34,9 +34,9 @@ AUTHORIZED, HOSTS, SETUP, UNIT_STRING = "authorized_keys", "hosts", "setup", "un
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """The emulated host to boot; ``cpus`` are those that do its work, ``memory`` is in bytes,
-    ``port`` on the loopback leads to its SSH.  ``images`` are what its own gpupt finds
-    already built; ``accelerator`` is kvm or tcg."""
+    """The emulated host to boot; ``memory`` in bytes, ``port`` on the loopback leads to its
+    SSH.  ``images`` are what its own gpupt finds already built; ``accelerator`` is kvm or
+    tcg."""
 
     name: str
     image: Image
@@ -62,7 +62,6 @@ def kernel_line(machine: Machine) -> str:
     if machine.accelerator == "tcg":
         # An emulated timer is late at times; the kernel must not think it broken.
         words.append("tsc=reliable no_timer_check")
-        words.append(f"isolcpus=managed_irq,domain,0 irqaffinity=1-{machine.cpus}")
     return " ".join(words)
 
 
@@ -72,11 +71,7 @@ def qemu_arguments(machine: Machine) -> list[str]:
     words = ["-name", f"gpupt-lab-{machine.name}", "-nodefaults", "-no-user-config"]
     words += ["-machine", MACHINE + (",kernel-irqchip=split" if kvm else "")]
     words += ["-accel", "kvm" if kvm else "tcg,thread=multi"]
-    words += ["-cpu", "host" if kvm else TCG_CPU]
-    # QEMU's TCG writes processor 0's virtualisation flags from the threads of the others,
-    # without a lock (cpu_clear_ignne, at each FXRSTOR): a processor 0 that ran guests would
-    # crash.  So it runs none; it is one more than asked for, and nearly idle.
-    words += ["-smp", str(machine.cpus if kvm else machine.cpus + 1)]
+    words += ["-cpu", "host" if kvm else TCG_CPU, "-smp", str(machine.cpus)]
     words += ["-m", f"{machine.memory >> 20}M", "-display", "none"]
     words += ["-device", "intel-iommu,intremap=on,caching-mode=on"]
     words += ["-kernel", str(machine.image.kernel), "-initrd", str(machine.image.initrd)]

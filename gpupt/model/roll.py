@@ -28,8 +28,9 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Roll:
-    """A named, versioned bundle.  ``packages`` are Debian's; ``lock`` is the file in the
-    roll's folder that pins Python distributions with hashes; ``digest`` covers every file."""
+    """A named, versioned bundle.  ``packages`` are Debian's, ``sources`` its source packages
+    that the role builds from; ``lock`` is the file in the roll's folder that pins Python
+    distributions with hashes; ``digest`` covers every file."""
 
     name: str
     version: str
@@ -40,6 +41,7 @@ class Roll:
     checks: tuple[Check, ...]
     jobs: tuple[Job, ...]
     digest: str
+    sources: tuple[str, ...] = ()
 
 
 # The roll that installs gpupt itself: its layer also depends on gpupt's own source.

@@ -60,17 +60,6 @@ def test_another_host_key_is_refused(booted: Lab) -> None:
         )
 
 
-def test_no_task_is_placed_on_an_emulated_processor_0(booted: Lab, host: Host) -> None:
-    # A guest there would crash: docs/decisions/0005-nested-emulation-crashes.md
-    isolated = host.run("cat", "/sys/devices/system/cpu/isolated").stdout.strip()
-    status = host.run("cat", "/proc/self/status").stdout
-    allowed = status.partition("Cpus_allowed_list:")[2].split()[0]
-    if booted.accelerator == "tcg":
-        assert (isolated, allowed[0]) == ("0", "1")
-    else:
-        assert (isolated, allowed[0]) == ("", "0")
-
-
 # What gpupt says of it
 
 

@@ -160,18 +160,6 @@ def test_no_name_is_too_long_for_fw_cfg() -> None:
     assert all(len(name) <= 55 for name in names), "QEMU keeps 56 bytes for a name and its end"
 
 
-def test_an_emulated_processor_0_is_left_out_of_the_work() -> None:
-    emulated = replace(MACHINE, accelerator="tcg", cpus=4)
-    words = machine.qemu_arguments(emulated)
-    assert words[words.index("-smp") + 1] == "5"
-    line = machine.kernel_line(emulated).split()
-    assert {"isolcpus=managed_irq,domain,0", "irqaffinity=1-4"} <= set(line)
-    real = replace(emulated, accelerator="kvm")
-    words = machine.qemu_arguments(real)
-    assert words[words.index("-smp") + 1] == "4"
-    assert "isolcpus" not in machine.kernel_line(real)
-
-
 def test_kvm_is_given_the_real_processor() -> None:
     words = machine.qemu_arguments(replace(MACHINE, accelerator="kvm"))
     assert words[words.index("-cpu") + 1] == "host"
@@ -215,6 +203,21 @@ def test_qemu_is_put_together_from_layers(tmp_path: Path) -> None:
         "/x.so",
     )
     assert dict(found.environment) == {"QEMU_MODULE_DIR": f"{upper}/usr/lib/x86_64-linux-gnu/qemu"}
+
+
+def test_the_emulator_roll_goes_before_debians_qemu(tmp_path: Path) -> None:
+    libraries = "usr/lib/x86_64-linux-gnu"
+    host = make_tree(
+        tmp_path / "host",
+        f"{libraries}/ld-linux-x86-64.so.2",
+        f"{libraries}/qemu/a.so",
+        "usr/bin/qemu-system-x86_64",
+        "usr/share/qemu/a",
+        "usr/share/seabios/a",
+    )
+    assert str(host / "usr/bin/qemu-system-x86_64") in find_emulator([host]).argv
+    own = make_tree(tmp_path / "emulator", "opt/gpupt/emulator/qemu-system-x86_64")
+    assert str(own / "opt/gpupt/emulator/qemu-system-x86_64") in find_emulator([own, host]).argv
 
 
 def test_trees_without_qemu(tmp_path: Path) -> None:

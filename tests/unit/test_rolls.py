@@ -33,7 +33,7 @@ def test_a_whole_roll_is_read(tmp_path: Path) -> None:
     home = write(
         tmp_path,
         GOOD
-        + "needs: [base]\npackages: [a, b]\nlock: files/r.lock\n"
+        + "needs: [base]\npackages: [a, b]\nsources: [c]\nlock: files/r.lock\n"
         + "checks:\n- {name: up, command: [a, b], roles: [compute], deadline: 5}\n"
         + "jobs:\n- {name: go, summary: Goes, command: [c], deadline: 6}\n",
     )
@@ -46,7 +46,7 @@ def test_a_whole_roll_is_read(tmp_path: Path) -> None:
         ("base",),
         ("a", "b"),
     )
-    assert roll.lock == "files/r.lock"
+    assert (roll.sources, roll.lock) == (("c",), "files/r.lock")
     assert (roll.checks[0].command, roll.checks[0].roles) == (("a", "b"), ("compute",))
     assert (roll.jobs[0].name, roll.jobs[0].deadline) == ("go", 6)
 

@@ -1,0 +1,56 @@
+"""Which QEMU an emulated host runs on: Debian's where KVM runs guests, else roll emulator's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from gpupt.cli.context import Settings
+from gpupt.lab.emulator import find_emulator
+
+Narrate = Callable[[str], None]
+
+
+def choose_qemu(
+    settings: Settings,
+    accelerator: str = "auto",
+    *,
+    narrate: Narrate,
+    mirror: str | None = None,
+) -> tuple[str, tuple[Path, ...]]:
+    """``kvm`` or ``tcg``, and the trees that hold QEMU for it, topmost first.
+
+    Auto is kvm when a guest really runs on it.  The roll emulator is baked when it is wanted
+    and not there, which takes some minutes, once; raises as ``bake_layers`` does.
+    """
+    from gpupt.decide.layers import plan_stack
+    from gpupt.edges.bake import bake_layers, read_ground
+    from gpupt.edges.rolls import read_rolls
+
+    known = read_rolls()
+
+    def trees_of(roll: str) -> tuple[Path, ...]:
+        layers = plan_stack((roll,), known, ground=read_ground()).layers
+        folder = settings.state / "layers"
+        trees = tuple(folder / layer.digest / "root" for layer in reversed(layers))
+        if roll == "emulator" and not all(tree.is_dir() for tree in trees):
+            narrate("QEMU's own emulation fails under guests: building it with that mended, once")
+            bake_layers(layers, rolls=known, state=settings.state, narrate=narrate, mirror=mirror)
+        return tuple(tree for tree in trees if tree.is_dir())
+
+    trees = trees_of("gpupt")
+    if accelerator == "auto":
+        accelerator = _probe(trees, narrate)
+    return accelerator, trees_of("emulator") if accelerator == "tcg" else trees
+
+
+def _probe(trees: tuple[Path, ...], narrate: Narrate) -> str:
+    """kvm when a guest really runs on it, else tcg; said aloud."""
+    from gpupt.edges.kvm import probe_kvm
+
+    verdict = probe_kvm(find_emulator(trees).argv)
+    if verdict.usable:
+        narrate(f"KVM: {verdict.why}")
+        return "kvm"
+    narrate(f"emulating the processor (TCG): {verdict.why}")
+    return "tcg"
