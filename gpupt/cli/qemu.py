@@ -26,6 +26,7 @@ def choose_qemu(
     from gpupt.decide.layers import plan_stack
     from gpupt.edges.bake import bake_layers, read_ground
     from gpupt.edges.rolls import read_rolls
+    from gpupt.model.roll import EMULATOR, SELF
 
     known = read_rolls()
 
@@ -33,15 +34,15 @@ def choose_qemu(
         layers = plan_stack((roll,), known, ground=read_ground()).layers
         folder = settings.state / "layers"
         trees = tuple(folder / layer.digest / "root" for layer in reversed(layers))
-        if roll == "emulator" and not all(tree.is_dir() for tree in trees):
+        if roll == EMULATOR and not all(tree.is_dir() for tree in trees):
             narrate("QEMU's own emulation fails under guests: building it with that mended, once")
             bake_layers(layers, rolls=known, state=settings.state, narrate=narrate, mirror=mirror)
         return tuple(tree for tree in trees if tree.is_dir())
 
-    trees = trees_of("gpupt")
+    trees = trees_of(SELF)
     if accelerator == "auto":
         accelerator = _probe(trees, narrate)
-    return accelerator, trees_of("emulator") if accelerator == "tcg" else trees
+    return accelerator, trees_of(EMULATOR) if accelerator == "tcg" else trees
 
 
 def _probe(trees: tuple[Path, ...], narrate: Narrate) -> str:

@@ -46,6 +46,8 @@ class Roll:
 
 # The roll that installs gpupt itself: its layer also depends on gpupt's own source.
 SELF = "gpupt"
+# The roll that builds the emulated host's QEMU; no image is baked from it.
+EMULATOR = "emulator"
 
 
 @dataclass(frozen=True, slots=True)
