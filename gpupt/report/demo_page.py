@@ -173,7 +173,7 @@ def draw_group(group: HostGroup, moment: str, *, y: int, colours: dict[str, str]
         y=y,
         height=HEADER + ROW * len(group.functions) + 4,
         title=f"IOMMU group {group.number}",
-        port=f"root port {short(ports[0])}" if len(ports) == 1 else "",
+        port=f"port {short(ports[0])}" if len(ports) == 1 else "",
         holder=shortened(holder, 14),
         pill=max(50, 18 + 7 * min(len(holder), 14)),
         colour=colours.get(holder, "holder-none"),
