@@ -22,6 +22,7 @@ from gpupt.errors import BadInput, DeadlineExceeded, Failed, Refused
 from gpupt.lab import machine as m
 from gpupt.lab.emulator import build_disguises, find_emulator
 from gpupt.lab.qmp import Qmp
+from gpupt.lab.stall import StallWatch
 from gpupt.lab.topology import disguises
 from gpupt.model.roll import Image
 
@@ -72,12 +73,15 @@ class Lab:
     def is_running(self) -> bool:
         return process_identity(self.pid) == self.started
 
-    def connect(self, *, deadline: float = 60) -> Ssh:
-        """A connection as root; raises Failed at once when QEMU has ended."""
+    def connect(self, *, deadline: float = 60, watch: Callable[[], None] | None = None) -> Ssh:
+        """A connection as root; raises Failed at once when QEMU has ended, and what ``watch``
+        raises, which is called all the while."""
 
         def alive() -> None:
             if not self.is_running:
                 raise Failed(f"the emulated host {self.name} has ended", details=tail_of(self))
+            if watch is not None:
+                watch()
 
         end_of_wait = time.monotonic() + deadline
         await_banner(self.port, deadline=deadline, alive=alive, name=self.name)
@@ -95,6 +99,11 @@ class Lab:
     def qmp(self, *, deadline: float = 10) -> Qmp:
         """Its QEMU's control socket."""
         return Qmp.connect(self.folder / m.QMP, deadline=deadline)
+
+    def reset(self) -> None:
+        """Press its reset button; raises Failed, DeadlineExceeded."""
+        with self.qmp() as qmp:
+            qmp.command("system_reset")
 
     def ssh_command(self, *options: str) -> list[str]:
         """OpenSSH's client with the pinned host key and no other."""
@@ -180,7 +189,8 @@ def start_lab(machine: m.Machine, *, state: Path, trees: Sequence[Path], narrate
             )
             write_record(lab)
             narrate(f"{lab.name}: QEMU runs as process {lab.pid}; waiting for SSH")
-            with lab.connect(deadline=SSH_DEADLINE) as ssh:
+            watch = StallWatch(folder / m.CONSOLE, reset=lab.reset, narrate=narrate)
+            with lab.connect(deadline=SSH_DEADLINE, watch=watch) as ssh:
                 narrate(
                     f"{lab.name}: SSH after {time.monotonic() - began:.0f} s; waiting for "
                     "its drivers and libvirt"

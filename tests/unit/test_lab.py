@@ -23,6 +23,7 @@ from gpupt.errors import BadInput, DeadlineExceeded, Failed, Refused
 from gpupt.lab import host, machine, topology
 from gpupt.lab.emulator import build_disguises, find_emulator
 from gpupt.lab.qmp import Qmp
+from gpupt.lab.stall import StallWatch
 from gpupt.model.pci import PciAddress
 from gpupt.model.roll import Image
 
@@ -371,6 +372,48 @@ def test_a_port_that_accepts_and_is_silent_is_no_ssh_server() -> None:
         port = listener.getsockname()[1]
         with pytest.raises(DeadlineExceeded, match="did not answer SSH"):
             host.await_banner(port, deadline=0.5, alive=lambda: None, name="lab", patience=0.2)
+
+
+STALLED = """\
+[   22.638873] rcu: INFO: rcu_preempt detected stalls on CPUs/tasks:
+[   22.640021] rcu: \t1-...!: (0 ticks this GP) idle=cd08/0/0x0 softirq=11/11 fqs=0
+"""
+
+
+def test_a_kernel_that_stalls_as_it_starts_is_reset_once(tmp_path: Path) -> None:
+    console = tmp_path / "console.log"
+    resets: list[str] = []
+    told: list[str] = []
+    watch = StallWatch(console, reset=lambda: resets.append("pressed"), narrate=told.append)
+    watch()  # there is no console yet
+    console.write_text("[    1.012345] EXT4-fs (vda): mounted\n" + STALLED[:60])
+    watch()
+    assert not resets
+    with console.open("a") as more:
+        more.write(STALLED[60:])
+    watch()
+    watch()
+    assert resets == ["pressed"]
+    assert "detected stalls on CPUs" in told[0]
+    with console.open("a") as more:
+        more.write(STALLED.replace("rcu_preempt detected", "rcu_sched self-detected"))
+    with pytest.raises(Failed, match="stalls as it starts") as caught:
+        watch()
+    assert "softirq=11/11" in str(caught.value)
+    assert resets == ["pressed"]
+
+
+def test_a_watch_is_asked_while_a_connection_is_awaited(tmp_path: Path) -> None:
+    class Stop(Exception):
+        pass
+
+    def watch() -> None:
+        raise Stop
+
+    me = host.process_identity(os.getpid())
+    assert me is not None
+    with pytest.raises(Stop):
+        record(tmp_path, pid=os.getpid(), started=me).connect(deadline=5, watch=watch)
 
 
 # QMP
