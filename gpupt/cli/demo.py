@@ -7,254 +7,41 @@ down by gpupt *inside* the emulated host.
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
 from gpupt import __version__
 from gpupt.cli.context import Settings, common
-from gpupt.errors import Failed, GpuptError, Refused
-from gpupt.lab.story import Facts, Inside, Timeline, picture
+from gpupt.cli.demostory import Told, afterwards, play
+from gpupt.errors import GpuptError, Refused
+from gpupt.lab.story import Inside, Timeline, picture
 from gpupt.model.cluster import ClusterSpec
 from gpupt.model.demo import (
     EMULATED_DOES_NOT_PROVE,
     EMULATED_PROVES,
-    ClassifierResult,
     DemoNode,
     DemoSummary,
-    Exercise,
     HostPicture,
-    SparkResult,
 )
 from gpupt.model.pci import PciAddress
-from gpupt.report.demo_json import (
-    classifier_result,
-    exercises,
-    seen_gpus,
-    spark_result,
-    summary_json,
-)
+from gpupt.report.demo_json import seen_gpus, summary_json
 
 if TYPE_CHECKING:
     from gpupt.edges.specfile import SpecFile
 
-SPEC_IN_HOST = "/root/cluster.yaml"
+SUMMARY, PAGE = "summary.json", "index.html"
 GIB = 1 << 30
 HOST_MEMORY = 2 * GIB  # what the emulated host keeps for itself: kernel, libvirt, page cache
 EMULATOR_MEMORY = GIB  # QEMU's own, translated code above all
-# Under pure emulation on two busy cores; each is several times what was measured.
-DEADLINE = {"doctor": 180, "list": 60, "detach": 120, "up": 1500, "job": 1500, "down": 300}
-
-
-@dataclass
-class Told:
-    """What is known so far; a demo that fails half-way reports what it got to."""
-
-    before: Facts | None = None
-    during: Facts | None = None
-    after: Facts | None = None
-    accelerator: str = ""
-    versions: tuple[str, str] = ("", "")
-    names: dict[PciAddress, str] = field(default_factory=dict)
-    companions: list[PciAddress] = field(default_factory=list)
-    cluster_up: Mapping[str, Any] = field(default_factory=dict)
-    worked: dict[str, tuple[Exercise, ...]] = field(default_factory=dict)
-    spark: SparkResult | None = None
-    classifier: ClassifierResult | None = None
-    differences: tuple[str, ...] = ()
-    restored: bool = False
-
-
-def play(host: Inside, timeline: Timeline, told: Told, spec: ClusterSpec, spec_text: str) -> None:
-    """The story inside the emulated host, from its doctor to the GPUs given back.
-
-    What is learnt goes into ``told`` as it is learnt.  A cluster that came up is taken down
-    again even when a later phase fails; the first failure is the one raised.
-    """
-    cluster = spec.name
-    with timeline.phase("doctor", command="gpupt doctor", detail="what would keep it from lending"):
-        told.before = host.facts()
-        told.versions = host.versions()
-        seen = host.gpupt("doctor", deadline=DEADLINE["doctor"])
-        host.say(f"           checked {len(seen['checked'])}, found {len(seen['findings'])}")
-    with timeline.phase("list", command="gpupt list", detail="the host's GPUs and their groups"):
-        listed = host.gpupt("list", deadline=DEADLINE["list"])["gpus"]
-        for gpu in listed:
-            told.names[PciAddress.parse(gpu["address"])] = gpu["name"] or ""
-            told.companions += [PciAddress.parse(each) for each in gpu["companions"]]
-            host.say(f"           {gpu['address']} {gpu['name']}  {gpu['driver']}  {gpu['state']}")
-    wanted = sum(node.gpus.wanted for node in spec.nodes)
-    lent = [gpu["address"] for gpu in listed if not gpu["boot_vga"]][:wanted]
-    try:
-        with timeline.phase(
-            "detach", command=f"gpupt detach {' '.join(lent)}", detail="whole groups, to vfio-pci"
-        ):
-            host.gpupt("detach", "--yes", *lent, deadline=DEADLINE["detach"])
-        with timeline.phase(
-            "up", command="gpupt up cluster.yaml", detail="the network, the nodes, their GPUs"
-        ):
-            host.ssh.run(["tee", SPEC_IN_HOST], stdin=spec_text, deadline=60)
-            told.cluster_up = host.gpupt("up", "--yes", SPEC_IN_HOST, deadline=DEADLINE["up"])
-            told.during = host.facts()
-        with timeline.phase(
-            "gpus",
-            command=f"gpupt ssh {cluster} compute-0 gpupt-node exercise",
-            detail="each GPU seen in its node and worked through its registers",
-        ):
-            _exercise(host, told, spec)
-        with timeline.phase(
-            "spark",
-            command=f"gpupt run {cluster} gpu-addresses",
-            detail="tasks print the GPU addresses that Spark gave them",
-        ):
-            job = host.gpupt("run", cluster, "gpu-addresses", deadline=DEADLINE["job"])
-            told.spark = spark_result(job)
-            _judge_spark(told.spark, spec)
-        with timeline.phase(
-            "classifier",
-            command=f"gpupt run {cluster} classify",
-            detail="train on a GPU node, apply with Spark on all",
-        ):
-            job = host.gpupt("run", cluster, "classify", deadline=DEADLINE["job"])
-            told.classifier = classifier_result(job)
-            _judge_classifier(told.classifier)
-    finally:
-        with timeline.phase(
-            "down", command=f"gpupt down {cluster}", detail="nodes gone, GPUs back on their drivers"
-        ):
-            _give_back(host, told, cluster)
-
-
-def _exercise(host: Inside, told: Told, spec: ClusterSpec) -> None:
-    """Every compute node's GPUs seen and, the edu-based, worked; raises Failed."""
-    for node in spec.nodes:
-        if not node.gpus.wanted:
-            continue
-        printed = host.gpupt(
-            "ssh", spec.name, node.name, "gpupt-node", "exercise", deadline=DEADLINE["list"] * 3
-        )
-        told.worked[node.name] = exercises(printed)
-        for done in told.worked[node.name]:
-            host.say(f"           {node.name}: 10! = {done.factorial}, DMA round trip {done.dma}")
-            if done.factorial != 3628800 or done.dma is not True:
-                raise Failed(
-                    f"the GPU at {done.address} in {node.name} did not work as it must",
-                    details=f"10! came back as {done.factorial}, DMA round trip: {done.dma}",
-                )
-    if not any(told.worked.values()):
-        raise Failed("no node had a GPU that can be worked through its registers")
-
-
-def _judge_spark(spark: SparkResult, spec: ClusterSpec) -> None:
-    """Each GPU node's worker must have given a task an address; raises Failed."""
-    expected = {node.name for node in spec.nodes if node.gpus.wanted}
-    served = {task.host for task in spark.gpu_addresses if task.addresses}
-    if missing := sorted(expected - served):
-        raise Failed(
-            f"no task was given a GPU on {', '.join(missing)}",
-            details=tuple(f"task {t.task} on {t.host}: {t.addresses}" for t in spark.gpu_addresses),
-        )
-
-
-def _judge_classifier(found: ClassifierResult) -> None:
-    """It must have learnt: clearly above the majority class on held-out specimens."""
-    if found.accuracy < found.majority_baseline + 0.1 or found.kappa < 0.3:
-        raise Failed(
-            "the classifier did not learn",
-            details=(
-                f"accuracy {found.accuracy:.3f} against the majority's "
-                f"{found.majority_baseline:.3f}, kappa {found.kappa:.3f}",
-            ),
-        )
-
-
-def _give_back(host: Inside, told: Told, cluster: str) -> None:
-    """Take the cluster down and compare the host with what it was; raises Failed."""
-    host.gpupt("down", "--yes", cluster, deadline=DEADLINE["down"])
-    # A detach whose `up` never came leaves GPUs with gpupt: those too go back.
-    host.gpupt("attach", "--yes", "--all", deadline=DEADLINE["detach"], accept=(0,))
-    told.after = host.facts()
-    assert told.before is not None
-    told.differences = told.before.differences(told.after)
-    left = [gpu for gpu in host.gpupt("list", deadline=DEADLINE["list"])["gpus"] if gpu["lease"]]
-    told.restored = not told.differences and not left
-    if not told.restored:
-        raise Failed(
-            "the host is not as it was before",
-            details=told.differences + tuple(f"{gpu['address']} is still on loan" for gpu in left),
-            remedy="gpupt recover, in the emulated host (gpupt lab shell)",
-        )
-    host.say("           every function is on the driver it came from, no override, no loan")
-
-
-def _nodes(told: Told, spec: ClusterSpec) -> tuple[DemoNode, ...]:
-    given = {node["name"]: node for node in told.cluster_up.get("nodes", ())}
-    return tuple(
-        DemoNode(
-            name=node.name,
-            role=node.role,
-            ip=str(given[node.name]["ip"]),
-            cpus=node.cpus,
-            memory=node.memory,
-            gpus_seen=seen_gpus({"gpus": given[node.name]["gpus_seen"]}),
-            lent=tuple(PciAddress.parse(gpu) for gpu in given[node.name]["gpus"]),
-            exercises=told.worked.get(node.name, ()),
-            domain_type=str(given[node.name].get("domain_type", "")),
-            ready=given[node.name].get("ready"),
-        )
-        for node in spec.nodes
-        if node.name in given
-    )
-
-
-def _summary(
-    told: Told, timeline: Timeline, spec: ClusterSpec, spec_text: str, began: str, failure: str
-) -> DemoSummary:
-    nodes = _nodes(told, spec)
-    before = told.before
-    if before is None:
-        host = HostPicture(True, "", 0, 0, ())
-    else:
-        holders = {gpu: node.name for node in nodes for gpu in node.lent}
-        for address in list(holders):
-            for each in before.functions:
-                if each.slot == address.slot:
-                    holders[each] = holders[address]
-        host = picture(
-            before,
-            told.during or before,
-            told.after or told.during or before,
-            holders=holders,
-            names=told.names,
-            companions=told.companions,
-            versions=told.versions,
-            accelerator=told.accelerator,
-        )
-    return DemoSummary(
-        ok=not failure and told.restored,
-        seconds=timeline.now,
-        timeline=tuple(timeline.entries),
-        host=host,
-        nodes=nodes,
-        spark=told.spark,
-        classifier=told.classifier,
-        restored=told.restored,
-        cluster=spec.name,
-        spec=spec_text,
-        began=began,
-        version=__version__,
-        failure=failure,
-        proves=EMULATED_PROVES,
-        does_not_prove=EMULATED_DOES_NOT_PROVE,
-    )
 
 
 @click.command()
@@ -292,20 +79,34 @@ def demo(
     Spark, the classifier and down, as on a real host.  Writes REPORT/summary.json and
     REPORT/index.html; exits 0 only when all of it worked and every GPU came back.
     """
-    from gpupt.edges.rolls import read_rolls
-    from gpupt.edges.specfile import read_specfile
+    from gpupt.cli.clusterworld import read_cluster_file
+    from gpupt.lab.host import check_name
     from gpupt.report.progress import narration
 
     path = spec or demo_spec()
-    file = read_specfile(path, known_rolls=sorted(read_rolls()))
+    file = read_cluster_file(path)
+    require_memory(file.spec)
+    check_name(name)
     text = path.read_text(encoding="utf-8")
+    for old in (SUMMARY, PAGE):  # an earlier run's success is not this one's
+        (report / old).unlink(missing_ok=True)
     with narration(sys.stderr) as told_live, interrupts():
         timeline = Timeline(told_live.say)
         told = Told()
         began = datetime.now(UTC).isoformat(timespec="seconds")
         failure = ""
         try:
-            run_demo(settings, file, text, timeline, told, name=name, keep=keep, mirror=mirror)
+            run_demo(
+                settings,
+                file,
+                text,
+                timeline,
+                told,
+                name=name,
+                keep=keep,
+                mirror=mirror,
+                report=report,
+            )
         except GpuptError as error:
             failure = error.brief
             told_live.say(f"gpupt: {error}")
@@ -354,12 +155,12 @@ def run_demo(
     name: str,
     keep: bool,
     mirror: str | None,
+    report: Path,
 ) -> None:
     """Images, the emulated host, the story in it; the host is powered off whatever happens."""
     from gpupt.cli.lab import boot_lab
     from gpupt.lab.host import find_lab, stop_lab
 
-    require_memory(file.spec)
     with timeline.phase(
         "images", command="gpupt image build …", detail="rolls baked into bootable images"
     ):
@@ -367,7 +168,13 @@ def run_demo(
     left_over = find_lab(settings.state, name)
     if left_over is not None:
         stop_lab(left_over, narrate=timeline.say)
-    try:
+
+    def power_off() -> None:
+        if not keep and (started := find_lab(settings.state, name)) is not None:
+            with timeline.phase("power off", command="gpupt lab down"):
+                stop_lab(started, narrate=timeline.say)
+
+    with afterwards(power_off), words_kept(settings.state, name, report):
         with timeline.phase(
             "boot", command="gpupt lab up", detail="a GPU host that does not exist"
         ):
@@ -382,10 +189,29 @@ def run_demo(
             told.accelerator = lab.accelerator
         with lab.connect(deadline=60) as ssh:
             play(Inside(ssh, timeline.say), timeline, told, file.spec, text)
-    finally:
-        if not keep and (started := find_lab(settings.state, name)) is not None:
-            with timeline.phase("power off", command="gpupt lab down"):
-                stop_lab(started, narrate=timeline.say)
+
+
+@contextmanager
+def words_kept(state: Path, name: str, report: Path) -> Iterator[None]:
+    """When it fails, keep the emulated host's console and QEMU's log with the report.
+
+    A host that has ended itself (a panic) is told as such: all that a caller saw of it is a
+    connection that was lost."""
+    from gpupt.lab.host import find_lab, labs_folder, tail_of
+    from gpupt.lab.machine import CONSOLE, LOG
+
+    try:
+        yield
+    except GpuptError as error:
+        for each in (CONSOLE, LOG):
+            with suppress(OSError):
+                report.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(labs_folder(state) / name / each, report / each)
+        lab = find_lab(state, name)
+        if lab is None or lab.is_running:
+            raise
+        details = (*error.details, "the emulated host has ended:", *tail_of(lab))
+        raise type(error)(error.brief, details=details, remedy=error.remedy) from error
 
 
 def memory_for(spec: ClusterSpec) -> int:
@@ -436,16 +262,78 @@ def bake(
     return digests[0], digests[1]
 
 
+def _nodes(told: Told, spec: ClusterSpec) -> tuple[DemoNode, ...]:
+    given = {node["name"]: node for node in told.cluster_up.get("nodes", ())}
+    return tuple(
+        DemoNode(
+            name=node.name,
+            role=node.role,
+            ip=str(given[node.name]["ip"]),
+            cpus=node.cpus,
+            memory=node.memory,
+            gpus_seen=seen_gpus({"gpus": given[node.name]["gpus_seen"]}),
+            lent=tuple(PciAddress.parse(gpu) for gpu in given[node.name]["gpus"]),
+            exercises=told.worked.get(node.name, ()),
+            domain_type=str(given[node.name].get("domain_type", "")),
+            ready=given[node.name].get("ready"),
+        )
+        for node in spec.nodes
+        if node.name in given
+    )
+
+
+def _summary(
+    told: Told, timeline: Timeline, spec: ClusterSpec, spec_text: str, began: str, failure: str
+) -> DemoSummary:
+    nodes = _nodes(told, spec)
+    before = told.before
+    if before is None:
+        host = HostPicture(True, "", 0, 0, ())
+    else:
+        holders = {gpu: node.name for node in nodes for gpu in node.lent}
+        for address in list(holders):
+            for each in before.functions:
+                if each.slot == address.slot:
+                    holders[each] = holders[address]
+        host = picture(
+            before,
+            told.during,
+            told.after,
+            holders=holders,
+            names=told.names,
+            companions=told.companions,
+            versions=told.versions,
+            accelerator=told.accelerator,
+        )
+    return DemoSummary(
+        ok=not failure and told.restored,
+        seconds=timeline.now,
+        timeline=tuple(timeline.entries),
+        host=host,
+        nodes=nodes,
+        spark=told.spark,
+        classifier=told.classifier,
+        restored=told.restored,
+        cluster=spec.name,
+        spec=spec_text,
+        began=began,
+        version=__version__,
+        failure=failure,
+        proves=EMULATED_PROVES,
+        does_not_prove=EMULATED_DOES_NOT_PROVE,
+    )
+
+
 def write_report(summary: DemoSummary, folder: Path) -> Path:
     """Write summary.json and index.html, each whole or not at all; returns the page."""
     from gpupt.report.demo_page import render_demo_page
 
     folder.mkdir(parents=True, exist_ok=True)
     for file, content in (
-        ("summary.json", json.dumps(summary_json(summary), indent=2) + "\n"),
-        ("index.html", render_demo_page(summary)),
+        (SUMMARY, json.dumps(summary_json(summary), indent=2) + "\n"),
+        (PAGE, render_demo_page(summary)),
     ):
         half = folder / f".{file}.half"
         half.write_text(content, encoding="utf-8")
         half.replace(folder / file)
-    return folder / "index.html"
+    return folder / PAGE

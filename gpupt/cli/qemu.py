@@ -20,8 +20,8 @@ def choose_qemu(
 ) -> tuple[str, tuple[Path, ...]]:
     """``kvm`` or ``tcg``, and the trees that hold QEMU for it, topmost first.
 
-    Auto is kvm when a guest really runs on it.  The roll emulator is baked when it is wanted
-    and not there, which takes some minutes, once; raises as ``bake_layers`` does.
+    Auto is kvm when a guest really runs on it.  What is not there is baked: the roll emulator
+    when it is wanted, which takes some minutes, once; raises as ``bake_layers`` does.
     """
     from gpupt.decide.layers import plan_stack
     from gpupt.edges.bake import bake_layers, read_ground
@@ -30,19 +30,23 @@ def choose_qemu(
 
     known = read_rolls()
 
-    def trees_of(roll: str) -> tuple[Path, ...]:
+    def trees_of(roll: str, reason: str) -> tuple[Path, ...]:
         layers = plan_stack((roll,), known, ground=read_ground()).layers
         folder = settings.state / "layers"
         trees = tuple(folder / layer.digest / "root" for layer in reversed(layers))
-        if roll == EMULATOR and not all(tree.is_dir() for tree in trees):
-            narrate("QEMU's own emulation fails under guests: building it with that mended, once")
+        if not all(tree.is_dir() for tree in trees):
+            narrate(reason)
             bake_layers(layers, rolls=known, state=settings.state, narrate=narrate, mirror=mirror)
-        return tuple(tree for tree in trees if tree.is_dir())
+        return trees
 
-    trees = trees_of(SELF)
+    trees = trees_of(SELF, "the layers that hold the emulated host's QEMU are gone: baking them")
     if accelerator == "auto":
         accelerator = _probe(trees, narrate)
-    return accelerator, trees_of(EMULATOR) if accelerator == "tcg" else trees
+    if accelerator == "tcg":
+        trees = trees_of(
+            EMULATOR, "QEMU's own emulation fails under guests: building it with that mended, once"
+        )
+    return accelerator, trees
 
 
 def _probe(trees: tuple[Path, ...], narrate: Narrate) -> str:

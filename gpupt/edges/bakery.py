@@ -189,7 +189,9 @@ def _bootstrap(order: Order, tree: Path, note: Callable[[str], None]) -> None:
     ]
     words += [order.suite, tree]
     if order.mirror:
-        words.append(f"deb {order.mirror} {order.suite} main")
+        # An address alone: mmdebstrap makes the line, and on a machine that is not Debian names
+        # Debian's keys in it.
+        words.append(order.mirror)
     tree.rmdir()
     _logged(words, note=note, environment=proxies_for_apt(os.environ))
 

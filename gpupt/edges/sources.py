@@ -24,6 +24,7 @@ _CERTIFICATES = (
     "/etc/pki/tls/certs/ca-bundle.crt",
     "/etc/ssl/ca-bundle.pem",
 )
+_MIRROR_LIST = "mirror+file:"
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 
 
@@ -70,13 +71,30 @@ def read_sources(*, mirror: str | None = None) -> Sources:
 
 def debian_mirror(targets: str) -> str | None:
     """The Debian archive among apt's index targets, lines of ``URI⇥origin⇥label``; None
-    when there is none, as on a machine that is not Debian."""
+    when there is none that others can reach, as on a machine that is not Debian.
+
+    Debian's cloud images name a list of mirrors, apt-transport-mirror(1): its first is taken.
+    A disc, or a folder of this machine, is of no use inside an image."""
     for line in targets.splitlines():
         uri, _, rest = line.partition("\t")
         origin, _, label = rest.partition("\t")
-        if origin == "Debian" and label == "Debian":
+        if (origin, label) != ("Debian", "Debian"):
+            continue
+        if uri.startswith(_MIRROR_LIST):
+            uri = _first_mirror(Path(uri.removeprefix(_MIRROR_LIST).rstrip("/")))
+        if uri.startswith(("http://", "https://")):
             return uri.rstrip("/")
     return None
+
+
+def _first_mirror(listed: Path) -> str:
+    """The first address in a list of mirrors; empty when there is none to read."""
+    try:
+        lines = listed.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return ""
+    words = (line.partition("#")[0].split() for line in lines)
+    return next((each[0] for each in words if each), "")
 
 
 def pip_settings(listing: str, environment: Mapping[str, str]) -> dict[str, str]:

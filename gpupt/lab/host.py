@@ -130,7 +130,7 @@ def read_labs(state: Path) -> tuple[Lab, ...]:
 
 def find_lab(state: Path, name: str) -> Lab | None:
     """The emulated host of that name, running or not; None when there is no record of it."""
-    folder = labs_folder(state) / name
+    folder = labs_folder(state) / check_name(name)
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -157,7 +157,7 @@ def start_lab(machine: m.Machine, *, state: Path, trees: Sequence[Path], narrate
 
     ``trees`` hold QEMU (topmost first).  Raises Failed or DeadlineExceeded with the end of
     the console; QEMU is ended then, its logs are kept."""
-    folder = labs_folder(state) / machine.name
+    folder = labs_folder(state) / check_name(machine.name)
     with _only_one(folder):
         known = find_lab(state, machine.name)
         if known is not None and known.is_running:
@@ -377,8 +377,17 @@ def _forget(folder: Path) -> None:
 @contextmanager
 def _only_one(folder: Path) -> Iterator[None]:
     """One command at a time changes an emulated host; another is refused at once."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with (folder.parent / f".{folder.name}.lock").open("w") as lock:
+    path = folder.parent / f".{folder.name}.lock"
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.open("w")
+    except OSError as error:
+        raise Refused(
+            f"cannot write below {folder.parent}",
+            details=str(error.strerror),
+            remedy="an emulated host is started and stopped by root, or with a --state of your own",
+        ) from None
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -18,6 +18,7 @@ from gpupt.edges.ssh import Ssh
 from gpupt.errors import Failed, GpuptError
 from gpupt.model.demo import (
     HOST,
+    UNREAD,
     FunctionKind,
     Holding,
     HostFunction,
@@ -68,7 +69,8 @@ class Inside:
     ) -> Mapping[str, Any]:
         """Run ``gpupt --json …`` there and return its object; narration is passed on.
 
-        Raises Failed when its exit status is not one of ``accept`` or it printed no object."""
+        Empty for a failure that is accepted and printed none.  Raises Failed when its exit
+        status is not one of ``accept`` or it printed no object."""
         words = ["gpupt", "--json", *argv]
         streams: list[str] = []
 
@@ -85,6 +87,8 @@ class Inside:
                 f"gpupt {argv[0]} in the emulated host exited with status {done.status}",
                 details=(" ".join(words), *said),
             )
+        if done.status and not done.stdout.strip():
+            return {}
         try:
             found = json.loads(done.stdout)
         except ValueError:
@@ -168,8 +172,8 @@ class Facts:
 
 def picture(
     before: Facts,
-    during: Facts,
-    after: Facts,
+    during: Facts | None,
+    after: Facts | None,
     *,
     holders: Mapping[PciAddress, str],
     names: Mapping[PciAddress, str],
@@ -177,13 +181,16 @@ def picture(
     versions: tuple[str, str],
     accelerator: str,
 ) -> HostPicture:
-    """The host's picture from three readings; ``holders`` says which node had what."""
+    """The host's picture from three readings, None those that were never made; ``holders``
+    says which node had what."""
     groups: dict[int, list[HostFunction]] = {}
     for address, was in sorted(before.functions.items()):
         if was.group is None:
             continue
 
-        def holding(at: Facts, holder: str, address: PciAddress = address) -> Holding:
+        def holding(at: Facts | None, holder: str, address: PciAddress = address) -> Holding:
+            if at is None:
+                return UNREAD
             found = at.functions.get(address)
             return Holding(found.driver if found else None, holder)
 

@@ -201,14 +201,16 @@ def _read_function(value: Value) -> Function:
 def _one_of(value: Value, known: dict[str, PciId] | dict[str, tuple[str, bool]]) -> str:
     text = value.text()
     if text not in known:
-        value.wrong(f"{value.path} is {text!r}", expected="one of " + ", ".join(known))
+        value.wrong(f"{value.called} is {text!r}", expected="one of " + ", ".join(known))
     return text
 
 
 def _read_id(value: Value) -> PciId:
     text = value.text()
     if not re.fullmatch(r"[0-9a-fA-F]{4}:[0-9a-fA-F]{4}", text):
-        value.wrong(f"{value.path} is {text!r}", expected="vendor:device in hex, such as 10de:2330")
+        value.wrong(
+            f"{value.called} is {text!r}", expected="vendor:device in hex, such as 10de:2330"
+        )
     vendor, _, device = text.partition(":")
     return PciId(int(vendor, 16), int(device, 16))
 
@@ -216,5 +218,5 @@ def _read_id(value: Value) -> PciId:
 def _read_class(value: Value) -> int:
     text = value.text()
     if not re.fullmatch(r"[0-9a-fA-F]{4}", text):
-        value.wrong(f"{value.path} is {text!r}", expected='four hex digits, such as "0302"')
+        value.wrong(f"{value.called} is {text!r}", expected='four hex digits, such as "0302"')
     return int(text, 16)

@@ -45,6 +45,11 @@ class Holding:
     holder: str = HOST
 
 
+# A moment that a demo which failed half-way never came to, or could not read any more.
+NOT_READ = "not read"
+UNREAD = Holding(None, NOT_READ)
+
+
 class FunctionKind(StrEnum):
     GPU = "gpu"
     COMPANION = "companion"
@@ -56,7 +61,7 @@ class FunctionKind(StrEnum):
 class HostFunction:
     """A PCI function in the picture of the host, and who had it before, during and after.
 
-    ``port`` is the root port above it, where there is one."""
+    ``port`` is the root port above it, where there is one; what was not read is ``UNREAD``."""
 
     address: PciAddress
     id: PciId
@@ -67,6 +72,11 @@ class HostFunction:
     during: Holding
     after: Holding
     port: PciAddress | None = None
+
+    @property
+    def was_lent(self) -> bool:
+        """Whether it was seen with another holder, or on another driver, than before."""
+        return self.during not in (self.before, UNREAD)
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,7 +40,7 @@ def summary_json(summary: DemoSummary) -> dict[str, Any]:
                 "before": gpu.before.driver,
                 "during": gpu.during.driver,
                 "after": gpu.after.driver,
-                "lent_to": gpu.during.holder if gpu.during != gpu.before else None,
+                "lent_to": gpu.during.holder if gpu.was_lent else None,
             }
             for gpu in summary.host.gpus
         ],
@@ -53,7 +53,8 @@ def summary_json(summary: DemoSummary) -> dict[str, Any]:
         "version": summary.version,
         "failure": summary.failure or None,
         "timeline": [_entry(entry) for entry in summary.timeline],
-        "proves": list(summary.proves),
+        # A demo that did not end well proves nothing.
+        "proves": list(summary.proves) if summary.ok else [],
         "does_not_prove": list(summary.does_not_prove),
     }
 

@@ -9,6 +9,8 @@ from math import sqrt
 from gpupt.edges.templates import render_template
 from gpupt.model.demo import (
     HOST,
+    NOT_READ,
+    UNREAD,
     ClassifierResult,
     DemoNode,
     DemoSummary,
@@ -108,8 +110,8 @@ def render_demo_page(summary: DemoSummary) -> str:
         svg_width=WIDTH,
         bars=tuple(timeline_bars(summary)),
         colours=colours,
-        lent=tuple(gpu for gpu in summary.host.gpus if gpu.during != gpu.before),
-        kept=tuple(gpu for gpu in summary.host.gpus if gpu.during == gpu.before),
+        lent=tuple(gpu for gpu in summary.host.gpus if gpu.was_lent),
+        kept=tuple(gpu for gpu in summary.host.gpus if not gpu.was_lent),
         names={str(gpu.address): short_name(gpu.name) for gpu in summary.host.gpus},
         confusion=confusion_cells(summary.classifier) if summary.classifier else (),
         measures=measures(summary.classifier) if summary.classifier else (),
@@ -131,12 +133,16 @@ def holder_colours(nodes: tuple[DemoNode, ...]) -> dict[str, str]:
 
 def host_moments(summary: DemoSummary, colours: dict[str, str]) -> Iterator[Moment]:
     """The host before, during and after."""
-    lent = any(gpu.during != gpu.before for gpu in summary.host.gpus)
-    after = "every function on the driver it came from"
+    lent = any(gpu.was_lent for gpu in summary.host.gpus)
+    after = "not everything was given back"
+    if summary.restored:
+        after = "every function on the driver it came from"
+    elif any(gpu.after == UNREAD for gpu in summary.host.gpus):
+        after = "not read: nothing is known"
     for name, title, caption in (
         ("before", "Before", "every card belongs to the host"),
         ("during", "During", "whole groups, lent to nodes" if lent else "no GPU was lent"),
-        ("after", "After", after if summary.restored else "not everything was given back"),
+        ("after", "After", after),
     ):
         y, boxes = MARGIN, []
         for group in groups_with_gpus(summary.host.groups):
@@ -153,7 +159,7 @@ def groups_with_gpus(groups: tuple[HostGroup, ...]) -> tuple[HostGroup, ...]:
         group
         for group in groups
         if any(
-            function.kind is FunctionKind.GPU or function.before != function.after
+            function.kind is FunctionKind.GPU or function.after not in (function.before, UNREAD)
             for function in group.functions
         )
     )
@@ -189,9 +195,9 @@ def draw_function(function: HostFunction, moment: str, *, y: int, colours: dict[
         name=shortened(short_name(function.name), 34),
         address=str(function.address),
         id=str(function.id),
-        driver=held.driver or "no driver",
+        driver=held.driver or (NOT_READ if held == UNREAD else "no driver"),
         colour=colours.get(held.holder, "holder-none"),
-        changed=held.driver != function.before.driver,
+        changed=held != UNREAD and held.driver != function.before.driver,
         gpu=function.kind is FunctionKind.GPU,
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,19 @@ HERE = Path(__file__).resolve().parents[2]
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that ./quickstart left its report in, run from another folder."""
     folder = tmp_path_factory.mktemp("demo")
-    subprocess.run(
+    child = subprocess.Popen(
         [HERE / "quickstart", "--yes", "--report", folder / "report"],
         cwd=folder,
         stdin=subprocess.DEVNULL,
-        timeout=2700,
-        check=True,
     )
+    try:
+        assert child.wait(2700) == 0
+    finally:
+        if child.poll() is None:  # it takes its emulated host down when it is asked to end
+            child.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(120)
+            child.kill()
     return folder / "report"
 
 

@@ -33,8 +33,8 @@ def booted(share: Path) -> Iterator[Lab]:
         built = gpupt("--json", "image", "build", roll)
         assert built.returncode == 0, built.stderr
         words += [option, json.loads(built.stdout)["image"]["digest"]]
-    up = gpupt("lab", "up", "--name", NAME, *words)
     try:
+        up = gpupt("lab", "up", "--name", NAME, *words)
         assert up.returncode == 0, up.stderr
         lab = find_lab(STATE, NAME)
         assert lab is not None

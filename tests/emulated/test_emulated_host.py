@@ -201,6 +201,7 @@ def await_true(host: Host, script: str, *, deadline: float, log: str) -> None:
 # Its end
 
 
+@pytest.mark.usefixtures("booted")  # which bakes what this needs, or says what keeps it from it
 def test_a_panic_ends_it_and_is_told_at_once() -> None:
     name = f"{NAME}-panic"
     gpupt("lab", "down", "--name", name)

@@ -248,6 +248,18 @@ def test_a_machine_that_is_not_debian_has_no_mirror_to_give() -> None:
     assert sources.debian_mirror("http://mirror.example/ubuntu\tUbuntu\tUbuntu\n") is None
 
 
+def test_a_list_of_mirrors_gives_its_first(tmp_path: Path) -> None:
+    listed = tmp_path / "debian.list"
+    targets = (
+        "cdrom:[Debian 13]/\tDebian\tDebian\n"
+        f"mirror+file:{listed}/\tDebian\tDebian\n"
+        "http://second.example/debian/\tDebian\tDebian\n"
+    )
+    assert sources.debian_mirror(targets) == "http://second.example/debian"
+    listed.write_text("# ours\n\nhttps://first.example/debian\tpriority:1\n")
+    assert sources.debian_mirror(targets) == "https://first.example/debian"
+
+
 def test_pips_settings_become_uvs() -> None:
     listing = (
         "global.index-url='https://index.example/simple'\n"

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 import pytest
 from click.testing import CliRunner
 
-from gpupt.cli.lab import default_memory, parse_size
+from gpupt.cli.lab import default_memory, parse_memory
 from gpupt.cli.main import cli
 from gpupt.edges.process import spawn
 from gpupt.errors import BadInput, DeadlineExceeded, Failed, Refused
@@ -367,6 +367,12 @@ def test_a_qemu_that_ends_at_once_is_told_with_its_log(tmp_path: Path) -> None:
     assert shared["format"] == "raw"
 
 
+def test_a_state_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    (tmp_path / "lab").write_text("in the way")
+    with pytest.raises(Refused, match="cannot write below"):
+        host.start_lab(MACHINE, state=tmp_path, trees=(), narrate=lambda _: None)
+
+
 def test_a_port_that_accepts_and_is_silent_is_no_ssh_server() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
@@ -481,15 +487,25 @@ def test_nobody_at_the_socket(tmp_path: Path) -> None:
 # The command line
 
 
-@pytest.mark.parametrize(("text", "size"), [("10G", 10 << 30), ("4096m", 4 << 30), ("1g", 1 << 30)])
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("10G", 10 << 30), ("4096m", 4 << 30), ("10 GiB", 10 << 30), ("1.5GiB", 3 << 29)],
+)
 def test_sizes(text: str, size: int) -> None:
-    assert parse_size(text) == size
+    assert parse_memory(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "G", "10", "-1G", "1.5G", "100M", "99999999G", "10T"])
-def test_wrong_sizes(text: str) -> None:
-    with pytest.raises(BadInput, match="not a size"):
-        parse_size(text)
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        *((text, "is not a size") for text in ("", "G", "10", "-1G")),
+        *((text, "unknown unit") for text in ("1.5G", "10T")),
+        *((text, "is not the memory of a host") for text in ("100M", "0 GiB", "99999999G")),
+    ],
+)
+def test_wrong_sizes(text: str, words: str) -> None:
+    with pytest.raises(BadInput, match=words):
+        parse_memory(text)
 
 
 def test_default_memory_is_bounded() -> None:

@@ -42,7 +42,8 @@ def bakery(
     monkeypatch.setattr(bake, "bake_layers", made.bake)
     monkeypatch.setattr(kvm, "probe_kvm", made.probe)
     monkeypatch.setattr(qemu, "find_emulator", lambda trees: type("E", (), {"argv": ()}))
-    made.tree("gpupt").mkdir(parents=True)
+    for layer in plan_stack(("gpupt",), read_rolls(), ground=read_ground()).layers:
+        made.tree(layer.roll).mkdir(parents=True)
     return made
 
 
@@ -70,3 +71,11 @@ def test_where_it_does_not_the_emulator_is_built_once(bakery: Bakery) -> None:
 def test_what_is_asked_for_is_not_probed(bakery: Bakery) -> None:
     assert choose(bakery, "tcg")[0] == "tcg"
     assert bakery.baked == [["base", "host", "emulator"]]
+
+
+@pytest.mark.parametrize("bakery", [True], indirect=True)
+def test_layers_that_were_removed_are_baked_again(bakery: Bakery) -> None:
+    bakery.tree("gpupt").rmdir()
+    accelerator, trees = choose(bakery)
+    assert (accelerator, bakery.baked) == ("kvm", [["base", "host", "gpupt"]])
+    assert all(tree.is_dir() for tree in trees)

@@ -15,6 +15,7 @@ from demo_values import CLASSIFIER, GIB, HOST_PICTURE, SUMMARY, address, functio
 from gpupt.decide.facts import SeenGpu as NodeGpu
 from gpupt.errors import Failed
 from gpupt.model.demo import (
+    UNREAD,
     Exercise,
     FunctionKind,
     Holding,
@@ -34,6 +35,7 @@ from gpupt.report.demo_json import (
 )
 from gpupt.report.demo_page import duration, gib, percent, render_demo_page
 from gpupt.report.progress import LiveNarration, Narration, narration
+from gpupt.report.tables import GpuName
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 
@@ -222,6 +224,28 @@ def test_a_demo_that_failed_proves_nothing() -> None:
     assert "Shown here, for real" not in page
 
 
+def test_what_was_not_read_is_not_claimed() -> None:
+    groups = tuple(
+        replace(
+            group,
+            functions=tuple(replace(each, during=UNREAD, after=UNREAD) for each in group.functions),
+        )
+        for group in HOST_PICTURE.groups
+    )
+    failed = replace(
+        SUMMARY, ok=False, restored=False, host=replace(HOST_PICTURE, groups=groups), nodes=()
+    )
+    data = summary_json(failed)
+    assert data["proves"] == []
+    assert {(gpu["during"], gpu["after"], gpu["lent_to"]) for gpu in data["gpus"]} == {
+        (None, None, None)
+    }
+    assert all(gpu["before"] for gpu in data["gpus"])
+    page = render_demo_page(failed)
+    assert "not read: nothing is known" in page
+    assert "no GPU was lent" in page
+
+
 def test_groups_without_gpus_are_counted_and_not_drawn() -> None:
     disk = function("00:01.0", PciId(0x1AF4, 0x1001), 0x010000, "", kind=FunctionKind.OTHER,
                     driver="virtio-pci")  # fmt: skip
@@ -287,3 +311,21 @@ def test_a_terminal_sees_the_phase_while_it_goes_on() -> None:
             told.say("[gpu-1] is ready")
     assert "[gpu-1] is ready" in out.getvalue()
     assert "✓ up: done after" in out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("room", "said"),
+    [
+        (None, "Advanced Micro Devices [AMD/ATI] Navi 31 [Radeon RX 7900] (boot display)"),
+        (40, "AMD/ATI Radeon RX 7900 (boot display)"),
+        (30, "AMD/ATI Radeon… (boot display)"),
+        (9, "(boot display)"),
+    ],
+)
+def test_name_gives_way_and_its_notes_do_not(room: int | None, said: str) -> None:
+    name = "Advanced Micro Devices [AMD/ATI] Navi 31 [Radeon RX 7900]"
+    assert GpuName(name, "(boot display)").within(room) == said
+
+
+def test_name_without_what_it_is_sold_as_is_cut() -> None:
+    assert GpuName("ASPEED Graphics Family", "").within(12) == "ASPEED Gra…"
