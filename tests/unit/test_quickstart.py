@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from gpupt.cli.clusterworld import read_cluster_file
+from gpupt.cli.demo import EMULATOR_MEMORY, demo_spec, memory_for
+
 HERE = Path(__file__).resolve().parents[2]
 NOTE = '#!/bin/sh\necho "$(basename "$0") $*" >>"$NOTES"\n'
 VENV_PYTHON = (
@@ -71,6 +74,7 @@ def machine(tmp_path: Path) -> Machine:
         shutil.copy2(HERE / name, checkout)
     release = tmp_path / "os-release"
     release.write_text('ID=debian\nVERSION_ID="13"\nPRETTY_NAME="Debian 13"\n')
+    (tmp_path / "meminfo").write_text("MemTotal: 99999999 kB\nMemAvailable:   88888888 kB\n")
     gpupt = tmp_path / "gpupt"
     gpupt.write_text(NOTE)
     gpupt.chmod(0o755)
@@ -83,6 +87,7 @@ def machine(tmp_path: Path) -> Machine:
             "HOME": str(tmp_path),
             "NOTES": str(tmp_path / "notes"),
             "OS_RELEASE": str(release),
+            "MEMINFO": str(tmp_path / "meminfo"),
             "VENV_GPUPT": str(gpupt),
             "PYTHON": str(programs / "python3"),
         },
@@ -113,11 +118,49 @@ def test_help_says_what_it_does(machine: Machine) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [("nonsense",), ("demo",), ("--report",), ("--mirror",), ("--spec",)]
+    "arguments",
+    [
+        ("nonsense",),
+        ("demo",),
+        ("--report",),
+        ("--mirror",),
+        ("--spec",),
+        ("--spec", "/nonexistent.yaml"),
+        ("--kep",),
+        ("-k",),
+        ("--setup-only", "--no-such-option"),
+    ],
 )
 def test_bad_usage_touches_nothing(machine: Machine, arguments: tuple[str, ...]) -> None:
+    machine.installed("nothing")
     done = machine.quickstart(*arguments)
     assert (done.returncode, machine.said) == (2, [])
+
+
+def test_too_little_memory_is_said_before_anything_is_touched(machine: Machine) -> None:
+    machine.installed("nothing")
+    Path(machine.environment["MEMINFO"]).write_text("MemAvailable:    8388608 kB\n")
+    done = machine.quickstart()
+    assert (done.returncode, machine.said) == (3, [])
+    assert "needs 10240 MiB of memory, and 8192 MiB are available" in done.stderr
+    assert machine.quickstart("--setup-only", "dev").returncode != 3
+
+
+def test_the_memory_it_asks_for_is_the_demos() -> None:
+    spec = read_cluster_file(demo_spec())
+    needed = (memory_for(spec.spec) + EMULATOR_MEMORY) >> 20
+    assert f"demo_mib={needed}\n" in (HERE / "quickstart").read_text()
+
+
+@as_root
+@pytest.mark.parametrize(
+    "options",
+    [("--keep", "--name=x"), ("--json",), ("--spec", str(HERE / "examples/emulated.yaml"))],
+)
+def test_the_demos_options_are_known(machine: Machine, options: tuple[str, ...]) -> None:
+    assert machine.quickstart(*options).returncode == 0
+    (said,) = machine.said_by("gpupt")
+    assert said.endswith(" ".join(options))
 
 
 @as_root
@@ -130,6 +173,7 @@ def test_only_what_is_missing_is_installed_and_why_is_said(machine: Machine) -> 
     assert install.split("--no-install-recommends ")[1].split() == [
         "pkg-config",
         "mmdebstrap",
+        "gpg",
         "qemu-utils",
     ]
     assert "qemu-utils              makes their disks" in done.stderr
@@ -198,6 +242,22 @@ def test_a_failing_apt_ends_it_and_is_shown(machine: Machine) -> None:
     assert "E: no such mirror" in done.stderr
     assert "apt-get update failed with status 100" in done.stderr
     assert [line for line in machine.said if "pip" in line or "lab" in line] == []
+
+
+@as_root
+def test_an_apt_at_work_is_waited_for(machine: Machine) -> None:
+    machine.installed("gcc")
+    machine.program("sleep", NOTE)
+    held = 'case "$*" in *update*) ;; *) exit 0 ;; esac\n'
+    held += '[ "$(grep -c "^apt-get.*update" "$NOTES")" -gt 2 ] && exit 0\n'
+    held += (
+        "echo 'E: Could not get lock /var/lib/apt/lists/lock. It is held by process 7'; exit 100\n"
+    )
+    machine.program("apt-get", NOTE + held)
+    done = machine.quickstart()
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("another apt holds the lists") == 1
+    assert [" update" in said for said in machine.said_by("apt-get")] == [True] * 3 + [False]
 
 
 def test_a_failing_pip_ends_it_and_is_tried_again(machine: Machine) -> None:
