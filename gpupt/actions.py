@@ -59,10 +59,13 @@ class LendGpu:
 
 @dataclass(frozen=True, slots=True)
 class ReturnGpu:
-    """Note that no node has the GPU any more; it stays detached."""
+    """Note that no node has the GPU any more; it stays detached.
+
+    ``cluster`` had it, and is named by the loan until the GPU is home; None: nobody is."""
 
     gpu: PciAddress
     why: str
+    cluster: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
@@ -75,11 +75,29 @@ def one_step(planned: JournalEntry, *, run: int, world: World, reached: list[Jou
 
 
 def carry_on(plan: Plan, *, run: int, world: World) -> None:
-    """As much of the plan as can be; one function that does not come back stops no other."""
+    """As much of the plan as can be."""
+
+    def perform_step(step: int, action: Action) -> None:
+        one_step(JournalEntry(step, action, None, False), run=run, world=world, reached=[])
+
+    go_home(plan.actions, perform_step, run=run, world=world)
+
+
+def go_home(
+    actions: Sequence[Action],
+    perform_step: Callable[[int, Action], None],
+    *,
+    run: int,
+    world: World,
+) -> None:
+    """As many of the actions as can be; one function that does not come back stops no other.
+
+    Ends the run either way: what failed stays on loan, for the next attach or down.
+    """
     errors: list[GpuptError] = []
-    for step, action in enumerate(plan.actions):
+    for step, action in enumerate(actions):
         try:
-            one_step(JournalEntry(step, action, None, False), run=run, world=world, reached=[])
+            perform_step(step, action)
         except GpuptError as error:
             errors.append(error)
             # Nothing is taken from a node that could not be stopped.

@@ -21,9 +21,10 @@ from gpupt.actions import (
     ReturnGpu,
 )
 from gpupt.apply.world import World
-from gpupt.decide.inverse import inverse
+from gpupt.decide.inverse import identities_in, inverse
 from gpupt.edges.kernel import Kernel
 from gpupt.errors import Failed
+from gpupt.model.gpus import is_another_card
 from gpupt.model.host import Loan
 from gpupt.model.pci import DriverBinding, PciAddress
 
@@ -40,7 +41,8 @@ def is_host_action(action: Action) -> bool:
 def perform(action: Action, world: World) -> None:
     """Bring about what the action says, and verify it; raises Failed, DeadlineExceeded."""
     match action:
-        case BindFunction():
+        case BindFunction(address=address):
+            require_recorded_card(address, world)
             bind_function(action, world.kernel)
         case ReleaseFunction():
             release_function(action, world.kernel)
@@ -50,11 +52,11 @@ def perform(action: Action, world: World) -> None:
                 world.journal.record(Loan(gpu, origins))
         case LendGpu(gpu=gpu, cluster=cluster, node=node):
             world.journal.record(replace(loan_of(gpu, world), cluster=cluster, node=node))
-        case ReturnGpu(gpu=gpu):
+        case ReturnGpu(gpu=gpu, cluster=cluster):
             # A loan that is gone is returned already: the step before a crash did it.
             known = world.journal.ledger.loans.get(gpu)
-            if known is not None and known.cluster is not None:
-                world.journal.record(replace(known, cluster=None, node=None))
+            if known is not None and (known.cluster, known.node) != (cluster, None):
+                world.journal.record(replace(known, cluster=cluster, node=None))
         case EraseLoan(gpu=gpu):
             erase_loan(gpu, world)
         case _:
@@ -67,6 +69,8 @@ def undo(action: Action, prior: DriverBinding | None, world: World) -> None:
     if isinstance(back, BindFunction) and not world.kernel.present(back.address):
         # A card that is gone took its override with it.
         world.narrate(f"{back.address} is not on the bus any more: nothing to put back")
+    elif isinstance(back, BindFunction) and holds_another_card(back.address, world):
+        world.narrate(f"{back.address} holds another card by now: left alone")
     elif back is not None:
         perform(back, world)
 
@@ -84,6 +88,23 @@ def loan_of(gpu: PciAddress, world: World) -> Loan:
         raise Failed(f"{gpu} was not detached by gpupt", remedy=f"gpupt detach {gpu}") from None
 
 
+def holds_another_card(address: PciAddress, world: World) -> bool:
+    """Whether a function on loan is another card now than the one that was recorded."""
+    was = identities_in(world.journal.ledger.loans.values()).get(address)
+    now = world.kernel.identity(address)
+    return was is not None and now is not None and is_another_card(now, was)
+
+
+def require_recorded_card(address: PciAddress, world: World) -> None:
+    """Raises Failed when a loan says that another card was at this address."""
+    if holds_another_card(address, world):
+        raise Failed(
+            f"{address} is not the card that was detached",
+            details="its address holds another card now, and that one is not touched",
+            remedy="gpupt recover forgets the loan of a card that is not there any more",
+        )
+
+
 def erase_loan(gpu: PciAddress, world: World) -> None:
     """Forget a loan once every function that no other loan holds is where it came from."""
     loans = dict(world.journal.ledger.loans)
@@ -93,9 +114,12 @@ def erase_loan(gpu: PciAddress, world: World) -> None:
     elsewhere = {origin.address for other in loans.values() for origin in other.origins}
     astray = []
     for origin in loan.origins:
-        # A card that is gone, or another one by now, has nothing to be put back.
+        # A card that is gone, or another one by now, has nothing to be put back.  One that is
+        # lost is neither: it is still bound.
+        if origin.address in elsewhere or not world.kernel.present(origin.address):
+            continue
         card = world.kernel.identity(origin.address)
-        if origin.address in elsewhere or card is None or card.id != origin.identity.id:
+        if card is not None and is_another_card(card, origin.identity):
             continue
         now = world.kernel.binding(origin.address)
         if now != origin.binding:

@@ -11,7 +11,7 @@ import click
 from gpupt.actions import Ledger, Plan, Run
 from gpupt.apply.host import is_host_action
 from gpupt.apply.world import World
-from gpupt.cli.context import Settings, changing, common, consent, plan_json
+from gpupt.cli.context import Settings, changing, common, consent, plan_json, require_live
 from gpupt.cli.naming import named_gpu
 from gpupt.decide.binding import Loans, Preflight, choose_all, plan_attach, plan_detach
 from gpupt.decide.viability import closure
@@ -52,8 +52,7 @@ def detach(
       gpupt detach 41:00.0 42:00.0        take two GPUs
       gpupt detach --all --yes            take all that can be taken, without asking
     """
-    if everything == bool(gpus):
-        raise BadInput("name the GPUs to detach, or give --all", remedy="gpupt list shows them")
+    require_one_of(gpus, everything, verb="detach", remedy="gpupt list shows them")
     wanted = tuple(named_gpu(text, state=settings.state) for text in gpus)
 
     said: set[str] = set()
@@ -65,7 +64,7 @@ def detach(
             chosen, left = choose_all(host, loans=ledger.loans, preflight=preflight)
             say_once(settings, said, (f"leaving {address}: {why}" for address, why in left))
             if not chosen:
-                raise Refused("no GPU can be detached", details=tuple(f"{a}: {w}" for a, w in left))
+                raise none_left(left)
         return plan_detach(host, gpus=chosen, loans=ledger.loans, preflight=preflight)
 
     change(settings, decide, dry_run=dry_run, yes=yes)
@@ -89,8 +88,7 @@ def attach(
       gpupt attach 41:00.0
       gpupt attach --all --yes
     """
-    if everything == bool(gpus):
-        raise BadInput("name the GPUs to attach, or give --all", remedy="gpupt status shows them")
+    require_one_of(gpus, everything, verb="attach", remedy="gpupt status shows them")
     wanted = tuple(named_gpu(text, state=settings.state) for text in gpus)
 
     said: set[str] = set()
@@ -103,6 +101,30 @@ def attach(
         return plan_attach(host, gpus=chosen, loans=ledger.loans)
 
     change(settings, decide, dry_run=dry_run, yes=yes)
+
+
+def require_one_of(gpus: tuple[str, ...], everything: bool, *, verb: str, remedy: str) -> None:
+    """Raise BadInput unless GPUs are named, or --all is given, and not both."""
+    if everything and gpus:
+        raise BadInput(
+            f"name the GPUs to {verb}, or give --all: not both",
+            details=f"--all, and {' '.join(gpus)}",
+            remedy="leave one of them out",
+        )
+    if not everything and not gpus:
+        raise BadInput(f"name the GPUs to {verb}, or give --all", remedy=remedy)
+
+
+def none_left(left: Iterable[tuple[PciAddress, str]]) -> Refused:
+    """The error when ``detach --all`` finds no GPU that it may take."""
+    why = tuple(f"{address}: {reason}" for address, reason in left)
+    return Refused(
+        "no GPU can be detached",
+        details=why or "this host has no GPU: no PCI function of a display's class",
+        remedy="gpupt info GPU says what can be done about each"
+        if why
+        else "gpupt lab up boots an emulated host that has some",
+    )
 
 
 def free_loans(loans: Loans) -> tuple[tuple[PciAddress, ...], list[str]]:
@@ -143,6 +165,7 @@ def change(
     """Decide, show, ask, and carry out what was shown; nothing is touched before consent."""
     from gpupt.apply.execute import execute
 
+    require_live(settings, dry_run=dry_run)
     plan = decide(read_host(settings.root, whole=True), read_ledger(settings.state))
     if not consent(settings, plan, dry_run=dry_run, yes=yes):
         if settings.as_json and not dry_run and not plan.actions:
@@ -200,7 +223,10 @@ def recover(settings: Settings, *, dry_run: bool, yes: bool) -> None:
     from gpupt.decide.inverse import plan_recovery
 
     def decide(host: Host, ledger: Ledger) -> tuple[Plan, list[Plan]]:
-        plans = [plan_recovery(run, host=host).plan for run in reversed(ledger.unfinished)]
+        plans = [
+            plan_recovery(run, host=host, loans=ledger.loans).plan
+            for run in reversed(ledger.unfinished)
+        ]
         reader = Reader(settings.root)
         holders = read_holders(reader, host, host.devices)
         left = [
@@ -211,6 +237,7 @@ def recover(settings: Settings, *, dry_run: bool, yes: bool) -> None:
         actions = tuple(action for plan in [*plans, *left] for action in plan.actions)
         return Plan("recover", subject or "this host", actions), left
 
+    require_live(settings, dry_run=dry_run)
     ledger = read_ledger(settings.state)
     plan, _ = decide(read_host(settings.root, whole=True), ledger)
     if ledger.unfinished and not plan.actions and not dry_run:

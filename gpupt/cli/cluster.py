@@ -21,16 +21,18 @@ from gpupt.cli.clusterworld import (
     cluster_world,
     look_ahead,
     look_around,
+    read_cluster_file,
     require_bakery,
 )
-from gpupt.cli.context import Settings, changing, common, consent, plan_json
+from gpupt.cli.context import Settings, changing, common, consent, plan_json, require_live
+from gpupt.cli.nodes import require_heard_of
 from gpupt.decide.cluster import Surroundings, plan_down, plan_up
-from gpupt.edges.clusterfolder import ClusterFolder, read_clusters
+from gpupt.edges.clusterfolder import ClusterFolder
 from gpupt.edges.hypervisor import Hypervisor
 from gpupt.edges.journal import Journal, read_ledger
 from gpupt.edges.kernel import Kernel
 from gpupt.edges.rolls import read_rolls
-from gpupt.edges.specfile import SpecFile, read_specfile
+from gpupt.edges.specfile import SpecFile
 from gpupt.edges.sysfs import read_host
 from gpupt.errors import Failed, Refused
 from gpupt.model.cluster import Allocation
@@ -91,7 +93,7 @@ def plan(settings: Settings, *, file: Path) -> None:
       gpupt plan examples/herbarium.yaml
       gpupt --json plan cluster.yaml | jq -r '.actions[].kind'
     """
-    read = read_specfile(file, known_rolls=list(read_rolls()))
+    read = read_cluster_file(file)
     with Hypervisor.connect(settings.connect) as hypervisor:
         decided, _, findings = decide_up(settings, read, hypervisor=hypervisor)
     say_findings(settings, findings)
@@ -119,7 +121,8 @@ def up(settings: Settings, *, file: Path, dry_run: bool, yes: bool) -> None:
       gpupt up cluster.yaml --dry-run             show the plan
       gpupt --json up cluster.yaml --yes          a summary for a program
     """
-    read = read_specfile(file, known_rolls=list(read_rolls()))
+    require_live(settings, dry_run=dry_run)
+    read = read_cluster_file(file)
     watch = Stopwatch()
     with Hypervisor.connect(settings.connect) as hypervisor:
         decided, outlook, findings = decide_up(settings, read, hypervisor=hypervisor)
@@ -173,13 +176,14 @@ def down(settings: Settings, *, name: str, keep_detached: bool, dry_run: bool, y
       gpupt down herbarium
       gpupt down herbarium --keep-detached --yes
     """
+    require_live(settings, dry_run=dry_run)
     with Hypervisor.connect(settings.connect) as hypervisor:
         decided, around, findings = decide_down(
             settings, name, hypervisor=hypervisor, keep_detached=keep_detached
         )
         say_findings(settings, findings)
         if not decided.actions:
-            say_others(settings, name, around)
+            require_heard_of(settings, name, around=around)
         lent = {gpu: loan for gpu, loan in around.loans.items() if loan.cluster == name}
         watch = Stopwatch()
         done = consent(settings, decided, dry_run=dry_run, yes=yes)
@@ -198,7 +202,13 @@ def down(settings: Settings, *, name: str, keep_detached: bool, dry_run: bool, y
                 require_same(decided, again)
                 execute(decided, world=world)
             ClusterFolder(settings.state, name).remove_logs()
-    returns, restored = read_back(settings, lent, around=around, keep_detached=keep_detached)
+    returns, restored = read_back(
+        settings,
+        lent,
+        around=around,
+        keep_detached=keep_detached,
+        unrecorded=any(finding.id == "loan-missing" for finding in findings),
+    )
     if settings.as_json:
         settings.emit(
             {
@@ -237,7 +247,7 @@ def render(settings: Settings, *, file: Path) -> None:
     """
     from gpupt.cli.rendering import render_files
 
-    read = read_specfile(file, known_rolls=list(read_rolls()))
+    read = read_cluster_file(file)
     files = render_files(settings, read)
     if settings.as_json:
         settings.emit(
@@ -360,12 +370,15 @@ def read_back(
     *,
     around: Surroundings,
     keep_detached: bool,
+    unrecorded: bool,
 ) -> tuple[list[Return], bool | None]:
     """Where every function of the cluster's GPUs is now, and whether all are where they came
-    from and no loan is left (None: they were to stay detached)."""
+    from and no loan is left (None: they were to stay detached, or no loan says where they
+    came from)."""
     if not lent:
-        return [], None if keep_detached else True
-    now = read_host(settings.root).devices
+        return [], None if keep_detached or unrecorded else True
+    # Overrides of companions are read with the whole host only.
+    now = read_host(settings.root, whole=True).devices
     returns = [
         Return(
             origin,
@@ -379,18 +392,11 @@ def read_back(
     if keep_detached:
         return returns, None
     left = read_ledger(settings.state).loans
-    return returns, all(each.restored for each in returns) and not set(lent) & set(left)
+    restored = all(each.restored for each in returns) and not set(lent) & set(left)
+    return returns, None if restored and unrecorded else restored
 
 
 def say_findings(settings: Settings, findings: Iterable[Finding]) -> None:
     """Tell a person what was noticed."""
     for finding in findings:
         settings.say(finding_text(finding))
-
-
-def say_others(settings: Settings, name: str, around: Surroundings) -> None:
-    """When there is no such cluster, say which there are: a name may be misspelt."""
-    named = {domain.membership.cluster for domain in around.domains if domain.membership}
-    others = sorted((named | set(read_clusters(settings.state))) - {name})
-    if others:
-        settings.say(f"there is no cluster {name}; there are: {', '.join(others)}")

@@ -12,11 +12,11 @@ from pathlib import Path
 from gpupt.actions import BakeImage, Ledger
 from gpupt.apply.clusterworld import ClusterWorld
 from gpupt.cli.context import Settings
-from gpupt.cli.naming import read_aliases
+from gpupt.cli.naming import alias_file, read_aliases
 from gpupt.decide.allocation import allocate, assess_subnet
 from gpupt.decide.binding import Preflight
 from gpupt.decide.cluster import Surroundings, require_names, require_unchanged
-from gpupt.decide.layers import Stack, plan_stack
+from gpupt.decide.layers import Stack, is_hosts, plan_stack
 from gpupt.decide.sizing import assess_size
 from gpupt.edges.bake import bake_image, check_machine, read_ground
 from gpupt.edges.clusterfolder import ClusterFolder
@@ -25,7 +25,7 @@ from gpupt.edges.images import find_image
 from gpupt.edges.kvm import KvmVerdict, probe_kvm
 from gpupt.edges.rolls import read_rolls
 from gpupt.edges.routes import read_routes
-from gpupt.edges.specfile import SpecFile
+from gpupt.edges.specfile import SpecFile, read_specfile
 from gpupt.errors import Failed
 from gpupt.model.cluster import Allocation, ClusterSpec
 from gpupt.model.host import Finding, Host, Severity
@@ -50,8 +50,16 @@ class Outlook:
 
 def aliases_of(settings: Settings) -> Mapping[str, PciAddress]:
     """The aliases of the state folder; none when there is no file of them."""
-    file = settings.state / "aliases.yaml"
+    file = alias_file(settings.state)
     return read_aliases(file) if file.exists() else {}
+
+
+def read_cluster_file(file: Path) -> SpecFile:
+    """The specification in a file, of rolls that this installation has for nodes; raises
+    BadInput."""
+    rolls = read_rolls()
+    hosts = {name: found.summary for name, found in rolls.items() if is_hosts(name, rolls)}
+    return read_specfile(file, known_rolls=list(rolls), host_rolls=hosts)
 
 
 def look_around(
@@ -110,6 +118,7 @@ def look_ahead(
         domains=around.domains,
         preflight=around.preflight,
         aliases=aliases_of(settings),
+        alias_file=str(alias_file(settings.state)),
         places=read.places,
     )
     running = {domain.name for domain in around.domains if domain.running}

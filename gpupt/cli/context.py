@@ -70,6 +70,22 @@ class Settings:
             click.echo(line, err=True)
 
 
+class VerbGroup(click.Group):
+    """A group that says which verb was meant, whichever click there is and wherever its
+    verbs are found."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        from difflib import get_close_matches
+
+        word, verbs = args[0], self.list_commands(ctx)
+        near = get_close_matches(word, verbs, 1)
+        if word not in verbs and near and not ctx.resilient_parsing:
+            ctx.fail(f"there is no verb {word!r}; did you mean {near[0]!r}?")
+        return super().resolve_command(ctx, args)
+
+
 def common(verb: Verb) -> Verb:
     """Give a verb ``--json`` and ``--root`` after it too, and its Settings as first argument."""
 
@@ -90,6 +106,17 @@ def changing(verb: Verb) -> Verb:
     return click.option("--dry-run", is_flag=True, help="Show the plan and stop.")(verb)
 
 
+def require_live(settings: Settings, *, dry_run: bool) -> None:
+    """Raise BadInput where something is to be changed under a root that no kernel serves."""
+    if dry_run or settings.kernel is not None or settings.root.resolve() == Path("/"):
+        return
+    raise BadInput(
+        f"{settings.root} is a recorded tree: nothing can be changed there",
+        details="no kernel answers to what is written in it; nothing was touched",
+        remedy="leave --root out to change this machine, or give --dry-run to see the plan",
+    )
+
+
 def plan_json(plan: Plan, findings: Iterable[Mapping[str, Any]] = ()) -> dict[str, Any]:
     """The plan as CONTRACT's ``plan --json`` has it."""
     from gpupt.actions import subject_of
@@ -103,17 +130,19 @@ def plan_json(plan: Plan, findings: Iterable[Mapping[str, Any]] = ()) -> dict[st
     }
 
 
-def show_plan(settings: Settings, plan: Plan) -> None:
-    """Print the plan for a person on stderr, or as JSON on stdout."""
+def show_plan(settings: Settings, plan: Plan, *, asked_for: bool) -> None:
+    """Print the plan: ``asked_for``, it is the data and goes to stdout, as JSON where that is
+    wanted; else it goes to stderr, for the person who is asked about it."""
     from gpupt.actions import subject_of
 
-    if settings.as_json:
+    if settings.as_json and asked_for:
         settings.emit(plan_json(plan))
         return
     width = max((len(subject_of(action)) for action in plan.actions), default=0)
     for number, action in enumerate(plan.actions, 1):
         kind = type(action).__name__
-        settings.say(f"{number:3}  {kind:<13} {subject_of(action):<{width}}  {action.why}")
+        line = f"{number:3}  {kind:<13} {subject_of(action):<{width}}  {action.why}"
+        click.echo(line, err=not asked_for)
 
 
 def consent(settings: Settings, plan: Plan, *, dry_run: bool, yes: bool) -> bool:
@@ -128,7 +157,7 @@ def consent(settings: Settings, plan: Plan, *, dry_run: bool, yes: bool) -> bool
         settings.say(f"{plan.verb} {plan.subject}: nothing to do")
         return False
     if dry_run or not (yes and settings.as_json):
-        show_plan(settings, plan)
+        show_plan(settings, plan, asked_for=dry_run)
     if dry_run:
         return False
     if yes:
@@ -139,4 +168,7 @@ def consent(settings: Settings, plan: Plan, *, dry_run: bool, yes: bool) -> bool
             details="the plan is printed above; nothing was touched",
             remedy="give --yes to carry it out",
         )
-    return click.confirm("Carry this out?", default=False, err=True)
+    agreed = click.confirm("Carry this out?", default=False, err=True)
+    if not agreed:
+        settings.say("nothing was touched")
+    return agreed

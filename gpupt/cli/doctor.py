@@ -9,7 +9,7 @@ import click
 
 from gpupt.cli.context import Settings, common
 from gpupt.cli.host import terminal_colour
-from gpupt.errors import GpuptError
+from gpupt.errors import BadInput, GpuptError
 
 
 @click.command()
@@ -77,17 +77,17 @@ def kvm_verdict(settings: Settings, unread: dict[str, str], *, probe: bool) -> s
     return None if verdict.usable else verdict.why
 
 
-def libvirt_verdict(settings: Settings, unread: dict[str, str]) -> str | None:
-    """What libvirt answers, when it is an error."""
+def libvirt_verdict(settings: Settings, unread: dict[str, str]) -> GpuptError | None:
+    """What libvirt answers, when it is an error; raises BadInput for a wrong --connect."""
     if settings.root.resolve() != Path("/"):
         unread["libvirt-unreachable"] = "only the running machine's libvirt can be asked"
         return None
-    try:
-        from gpupt.edges.hypervisor import Hypervisor
-    except ImportError as error:
-        return f"the libvirt binding for Python is missing: {error}"
+    from gpupt.edges.hypervisor import Hypervisor
+
     try:
         Hypervisor.connect(settings.connect).close()
+    except BadInput:
+        raise
     except GpuptError as error:
-        return str(error)
+        return error
     return None

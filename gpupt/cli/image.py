@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import click
 
-from gpupt.cli.context import Settings, common
+from gpupt.cli.context import Settings, VerbGroup, common
 from gpupt.model.roll import Image
 
 
-@click.group()
+@click.group(cls=VerbGroup)
 def image() -> None:
     """Images baked from rolls.
 
@@ -90,7 +91,8 @@ def prune(settings: Settings, *, everything: bool, dry_run: bool) -> None:
     from gpupt.edges.leftovers import find_leftovers, remove_leftover
     from gpupt.edges.rolls import read_rolls
 
-    with baking(settings.state, settings.say):
+    # What only looks need not be let in to write.
+    with nullcontext() if dry_run else baking(settings.state, settings.say):
         sets = [found.rolls for found in read_images(settings.state)]
         keep = current_digests(sets, read_rolls(), ground=read_ground())
         leftovers = find_leftovers(settings.state, keep=frozenset() if everything else keep)

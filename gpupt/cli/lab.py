@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gpupt.cli.context import Settings, common
+from gpupt.cli.context import Settings, VerbGroup, common
 from gpupt.errors import BadInput, Failed
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 ELSEWHERE = {"demo": ("gpupt.cli.demo:demo", "Show all of it, end to end, on an emulated host.")}
 
 
-class LabVerbs(click.Group):
+class LabVerbs(VerbGroup):
     """The lab's verbs, and those of ELSEWHERE imported on use."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -70,7 +70,7 @@ name_option = click.option("--name", default="lab", show_default=True, help="Whi
     "--memory",
     default=None,
     metavar="SIZE",
-    help="Such as 10G (default: two thirds of what is free).",
+    help="Such as '10 GiB' (default: two thirds of what is free).",
 )
 @click.option(
     "--topology",
@@ -127,7 +127,7 @@ def up(
         settings,
         name=name,
         cpus=cpus,
-        memory=parse_size(memory) if memory else None,
+        memory=parse_memory(memory) if memory else None,
         topology=topology,
         share=share,
         images=images,
@@ -237,13 +237,17 @@ def list_labs(settings: Settings) -> None:
         settings.say("no emulated host; gpupt lab up boots one")
 
 
-def parse_size(text: str) -> int:
-    """Bytes of a size such as 10G or 4096M; raises BadInput."""
-    number, unit = text[:-1], text[-1:].upper()
-    shift = {"M": 20, "G": 30}.get(unit)
-    if shift is None or not number.isdigit() or not 1 << 30 <= int(number) << shift < 1 << 44:
-        raise BadInput(f"not a size of memory: {text!r}", details="expected 1G or more, as 10G")
-    return int(number) << shift
+def parse_memory(text: str) -> int:
+    """Bytes of a size as cluster files have it (``10 GiB``), or as QEMU does (``10G``);
+    raises BadInput."""
+    from gpupt.edges.specfile import parse_size
+
+    short = text[:-1].isdigit() and text[-1:].upper() in {"M", "G"}
+    size = parse_size(f"{text[:-1]} {text[-1:].upper()}iB" if short else text)
+    if not 1 << 30 <= size < 1 << 44:
+        raise BadInput(f"{text!r} is not the memory of a host", details="expected 1 GiB to 16 TiB")
+    # QEMU counts in whole MiB.
+    return size >> 20 << 20
 
 
 def default_memory() -> int:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from typing import Any
 
 import click
 
 from gpupt import __version__
-from gpupt.cli.context import Settings
-from gpupt.errors import GpuptError
+from gpupt.cli.context import Settings, VerbGroup
+from gpupt.errors import BadInput, Failed, GpuptError
 
 # verb → module:attribute under gpupt.cli, and the line that --help shows.  A table, so
 # that `gpupt list` imports nothing of libvirt, paramiko or jinja2.
@@ -49,7 +50,7 @@ Exit status: 0 done or nothing to do, 1 failed, 2 bad usage or input, 3 refused 
 """
 
 
-class VerbTable(click.Group):
+class VerbTable(VerbGroup):
     """A group whose commands are imported on use; help comes from the table alone."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -83,6 +84,13 @@ class VerbTable(click.Group):
 @click.pass_context
 def cli(ctx: click.Context, /, **given: Any) -> None:
     ctx.obj = Settings.of(ctx.obj, **given)
+    # os.path's answer is no where it may not look; that is told when the state is used.
+    if os.path.exists(ctx.obj.state) and not os.path.isdir(ctx.obj.state):
+        raise BadInput(
+            f"{ctx.obj.state} is not a folder",
+            details="the state is a folder: the journal, the images and the clusters are in it",
+            remedy="give --state a folder; one that is not there yet is made",
+        )
 
 
 def main() -> None:
@@ -99,6 +107,13 @@ def main() -> None:
     except GpuptError as error:
         click.echo(f"gpupt: {error}", err=True)
         sys.exit(error.exit_code)
+    except PermissionError as error:
+        denied = Failed(
+            f"permission denied: {error.filename or error.strerror}",
+            remedy="run gpupt as root, or name files and folders of yours",
+        )
+        click.echo(f"gpupt: {denied}", err=True)
+        sys.exit(denied.exit_code)
     except BrokenPipeError:
         # The reader went away (`gpupt list | head -1`): nothing is left to say.
         sys.stderr.close()

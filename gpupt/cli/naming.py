@@ -8,6 +8,11 @@ from gpupt.errors import BadInput
 from gpupt.model.pci import PciAddress
 
 
+def alias_file(state: Path) -> Path:
+    """Where the aliases of a state folder stand, if it has any."""
+    return state / "aliases.yaml"
+
+
 def named_gpu(text: str, *, state: Path) -> PciAddress:
     """The address that a word stands for; raises BadInput.
 
@@ -16,15 +21,15 @@ def named_gpu(text: str, *, state: Path) -> PciAddress:
     try:
         return PciAddress.parse(text)
     except BadInput as error:
-        file = state / "aliases.yaml"
-        if not file.exists():
-            raise
-        aliases = read_aliases(file)
+        file = alias_file(state)
+        aliases = read_aliases(file) if file.exists() else {}
         if text in aliases:
             return aliases[text]
         known = ", ".join(sorted(aliases)) or "none"
         raise BadInput(
-            error.brief, details=(*error.details, f"aliases in {file}: {known}")
+            error.brief,
+            details=(*error.details, f"aliases in {file}: {known}"),
+            remedy=error.remedy,
         ) from None
 
 

@@ -13,11 +13,13 @@ from gpupt.apply.clusterworld import ClusterWorld
 from gpupt.apply.waits import last_json
 from gpupt.cli.clusterworld import cluster_world
 from gpupt.cli.context import Settings, common
+from gpupt.decide.cluster import Surroundings
 from gpupt.decide.domain import domain_name
 from gpupt.decide.facts import NodeFacts, parse_facts
 from gpupt.decide.layers import closure
 from gpupt.edges.clusterfolder import ClusterFolder, ClusterRecord, read_clusters
 from gpupt.edges.hypervisor import Hypervisor
+from gpupt.edges.journal import read_past_clusters
 from gpupt.edges.rolls import read_rolls
 from gpupt.errors import BadInput, Failed, GpuptError
 from gpupt.model.cluster import Domain, Placement
@@ -170,6 +172,17 @@ def require_cluster(settings: Settings, name: str) -> ClusterRecord:
     return record
 
 
+def require_heard_of(settings: Settings, name: str, *, around: Surroundings) -> None:
+    """Raise BadInput for a cluster that is not there and never was: a name misspelt.
+
+    One that was taken down before is known to the journal, and there is nothing to do.
+    """
+    named = {domain.membership.cluster for domain in around.domains if domain.membership}
+    there = named | set(read_clusters(settings.state))
+    if name not in there | read_past_clusters(settings.state):
+        raise _unknown("cluster", name, sorted(there), remedy="gpupt status shows what is on loan")
+
+
 def require_node(record: ClusterRecord, name: str) -> Placement:
     """The node's placement; raises BadInput that names the nodes there are."""
     try:
@@ -192,7 +205,7 @@ def _unknown(kind: str, name: str, known: list[str], *, remedy: str = "") -> Bad
     near = get_close_matches(name, known, 1)
     return BadInput(
         f"there is no {kind} {name!r}",
-        details=f"there are: {', '.join(known)}" if known else "there is none",
+        details=f"there are: {', '.join(known)}" if known else f"there is no {kind} at all",
         remedy=f"did you mean {near[0]!r}?" if near else remedy,
     )
 

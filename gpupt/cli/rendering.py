@@ -9,6 +9,7 @@ from gpupt.apply.cluster import node_view
 from gpupt.apply.clusterworld import ClusterWorld
 from gpupt.cli.clusterworld import aliases_of, cluster_world, remembered, stack_of
 from gpupt.cli.context import Settings
+from gpupt.cli.naming import alias_file
 from gpupt.decide.allocation import allocate
 from gpupt.decide.domain import view_hosts, view_network
 from gpupt.edges import codec
@@ -35,6 +36,7 @@ def render_files(settings: Settings, read: SpecFile) -> list[tuple[Path, str]]:
         host=read_host(settings.root, whole=True),
         loans=read_ledger(settings.state).loans,
         aliases=aliases_of(settings),
+        alias_file=str(alias_file(settings.state)),
         places=read.places,
     )
     stack = stack_of(spec, rolls=read_rolls())

@@ -6,11 +6,11 @@ from typing import Any
 
 import click
 
-from gpupt.cli.context import Settings, common
+from gpupt.cli.context import Settings, VerbGroup, common
 from gpupt.model.roll import Roll
 
 
-@click.group()
+@click.group(cls=VerbGroup)
 def roll() -> None:
     """Rolls: the bundles that nodes are made of.
 
@@ -33,9 +33,11 @@ def list_rolls(settings: Settings) -> None:
     if settings.as_json:
         settings.emit({"rolls": [{**_brief(found), "name": name} for name, found in rolls.items()]})
         return
-    width = max(len(name) for name in rolls)
-    for name, found in rolls.items():
-        click.echo(f"{name:<{width}}  {found.version:<8}  {found.summary}")
+    from gpupt.cli.host import terminal_colour, terminal_width
+    from gpupt.report.tables import roll_table
+
+    for line in roll_table(rolls, colour=terminal_colour(), width=terminal_width()):
+        click.echo(line)
 
 
 @roll.command()
@@ -105,6 +107,7 @@ def verify(settings: Settings, *, names: tuple[str, ...]) -> None:
     """
     from gpupt.decide.layers import closure
     from gpupt.edges.rolls import read_rolls, verify_roll
+    from gpupt.report.tables import plural
 
     rolls = read_rolls()
     wanted = names or tuple(rolls)
@@ -115,6 +118,7 @@ def verify(settings: Settings, *, names: tuple[str, ...]) -> None:
         return
     for name in wanted:
         click.echo(f"{name}: {', '.join(checked[name])}")
+    click.echo(f"ok: {plural(len(wanted), 'roll')} read, all that they name is there")
 
 
 def _brief(found: Roll) -> dict[str, Any]:

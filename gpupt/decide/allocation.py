@@ -41,15 +41,18 @@ def allocate(
     domains: Sequence[Domain] = (),
     preflight: Preflight | None = None,
     aliases: Mapping[str, PciAddress] | None = None,
+    alias_file: str = "",
     places: Mapping[str, str] | None = None,
 ) -> Allocation:
     """A placement for every node.
 
-    ``places`` maps paths of the specification to ``file:line:column``, for errors.  Raises
-    BadInput for a GPU that the host does not have, Refused for one that is not to be had.
+    ``places`` maps paths of the specification to ``file:line:column``, and ``alias_file``
+    is where aliases are looked for: both for errors.  Raises BadInput for a GPU that the
+    host does not have, Refused for one that is not to be had.
     """
     places = places or {}
-    named = _resolve_named(spec, host=host, aliases=aliases or {}, places=places)
+    names = _Names(host, aliases or {}, alias_file)
+    named = _resolve_named(spec, names=names, places=places)
     taken = {address: holder for holder, address in _holders((loans or {}).values(), domains)}
     unfit = {
         gpu.address: assess_lending(
@@ -197,32 +200,58 @@ def _at(place: str) -> tuple[str, ...]:
     return (f"at {place}",) if place else ()
 
 
+@dataclass(frozen=True, slots=True)
+class _Names:
+    """What people may call a GPU of the host in a cluster file."""
+
+    host: Host
+    aliases: Mapping[str, PciAddress]
+    file: str
+
+    def find(self, text: str, *, place: str) -> PciAddress:
+        """The GPU that a word stands for; raises BadInput."""
+        address = self.aliases.get(text)
+        if address is None and ":" in text:
+            address = PciAddress.parse(text)
+        for gpu in self.host.gpus:
+            if address == gpu.address:
+                return gpu.address
+            if address in gpu.companions:
+                raise BadInput(
+                    f"{text} is a companion of the GPU {gpu.address}",
+                    details=_at(place),
+                    remedy=f"name {gpu.address}: its companions come with it",
+                )
+        raise self.unknown(text, address, place=place)
+
+    def unknown(self, text: str, address: PciAddress | None, *, place: str) -> BadInput:
+        """The error for a word that stands for no GPU of this host."""
+        known = [str(gpu.address) for gpu in self.host.gpus]
+        details = [*_at(place), f"its GPUs: {', '.join(known) or 'none'}"]
+        if address is None and self.file:
+            details.append(f"aliases in {self.file}: {', '.join(sorted(self.aliases)) or 'none'}")
+        elif address is not None and text in self.aliases:
+            details.append(f"{self.file} says that {text} is {address}")
+        near = get_close_matches(text, [*known, *self.aliases], 1, 0.8)
+        return BadInput(
+            f"this host has no GPU {text}",
+            details=tuple(details),
+            remedy=f"did you mean {near[0]!r}?"
+            if near and near[0] != text
+            else "gpupt list shows them",
+        )
+
+
 def _resolve_named(
-    spec: ClusterSpec,
-    *,
-    host: Host,
-    aliases: Mapping[str, PciAddress],
-    places: Mapping[str, str],
+    spec: ClusterSpec, *, names: _Names, places: Mapping[str, str]
 ) -> dict[str, list[tuple[PciAddress, str]]]:
     """For each node the GPUs it names, with the place of each; raises BadInput."""
-    gpus = {gpu.address for gpu in host.gpus}
-    known = [str(address) for address in sorted(gpus)]
     found: dict[str, list[tuple[PciAddress, str]]] = {}
     for number, node in enumerate(spec.nodes):
         found[node.name] = []
         for position, text in enumerate(node.gpus.named):
             place = places.get(f"nodes[{number}].gpus[{position}]", "")
-            address = aliases.get(text)
-            if address is None and ":" in text:
-                address = PciAddress.parse(text)
-            if address is None or address not in gpus:
-                near = get_close_matches(text, [*known, *aliases], 1, 0.8)
-                raise BadInput(
-                    f"this host has no GPU {text}",
-                    details=(*_at(place), f"its GPUs: {', '.join(known) or 'none'}"),
-                    remedy=f"did you mean {near[0]!r}?" if near else "gpupt list shows them",
-                )
-            found[node.name].append((address, place))
+            found[node.name].append((names.find(text, place=place), place))
     return found
 
 
@@ -241,8 +270,8 @@ def _holders(
             for address in member.gpus:
                 yield (member.cluster, member.node), address
     for loan in loans:
-        if loan.cluster is not None:
-            yield (loan.cluster, loan.node or "?"), loan.gpu
+        if loan.cluster is not None and loan.node is not None:
+            yield (loan.cluster, loan.node), loan.gpu
 
 
 def _refuse_unfit(address: PciAddress, *, reasons: Sequence[Finding], place: str) -> None:

@@ -136,7 +136,9 @@ def plan_down(
         actions.append(StopNetwork(cluster, why="no node uses it any more"))
     lent = {gpu: loan for gpu, loan in around.loans.items() if loan.cluster == cluster}
     for gpu, loan in lent.items():
-        actions.append(ReturnGpu(gpu, why=f"{loan.node} is gone"))
+        # What an earlier `down` could not bring home is nobody's already.
+        if loan.node is not None:
+            actions.append(ReturnGpu(gpu, why=f"{loan.node} is gone", cluster=cluster))
     findings: list[Finding] = []
     if not keep_detached:
         given, findings = give_back(lent, around=around)

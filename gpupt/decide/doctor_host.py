@@ -209,6 +209,6 @@ def libvirt_unreachable(host: Host, ledger: Ledger, facts: HostFacts) -> Iterato
             Severity.FAIL,
             "libvirt",
             "there is no connection to libvirt",
-            tuple(facts.libvirt.splitlines()),
-            "systemctl start libvirtd (or virtqemud); without root, be in the group libvirt",
+            (facts.libvirt.brief, *facts.libvirt.details),
+            facts.libvirt.remedy,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from gpupt.actions import (
@@ -21,8 +22,8 @@ from gpupt.actions import (
     StopNetwork,
     StopNode,
 )
-from gpupt.model.gpus import identity_of
-from gpupt.model.host import Host
+from gpupt.model.gpus import identity_of, is_another_card
+from gpupt.model.host import FunctionOrigin, Host, Loan
 from gpupt.model.pci import Identity, PciAddress
 
 # Verbs that lead towards the host's own state: what they began is carried on, not undone.
@@ -60,54 +61,69 @@ def inverse(entry: JournalEntry) -> Action | None:
 
 @dataclass(frozen=True, slots=True)
 class Recovery:
-    """How an unfinished run comes to its end, and whether that is by carrying it on."""
+    """How an unfinished run comes to its end, and whether that is by carrying it on.
+
+    ``left_alone`` are functions it was to move that are gone, or not those on loan."""
 
     plan: Plan
     carries_on: bool
+    left_alone: tuple[PciAddress, ...] = ()
 
 
-def plan_recovery(run: Run, *, host: Host) -> Recovery:
+def plan_recovery(run: Run, *, host: Host, loans: Mapping[PciAddress, Loan]) -> Recovery:
     """What brings an unfinished run to its end: carried on if it leads home, else undone.
 
-    An address that holds another card now is left alone: renumbering means a boot, and a
-    boot clears every override.
+    An address that holds another card now, or none, is left alone: renumbering means a boot,
+    and a boot clears every override.
     """
     name = f"{run.plan.verb} {run.plan.subject}"
+    known = identities(run, loans=loans)
     if run.plan.verb in FORWARD:
         done = {entry.step for entry in run.entries if entry.done}
-        rest = (action for step, action in enumerate(run.plan.actions) if step not in done)
-        known = identities(run)
-        kept = tuple(action for action in rest if same_card(action, known, host=host))
-        return Recovery(Plan("recover", f"{name} (carried on)", kept), carries_on=True)
-    backward = (inverse(entry) for entry in to_undo(run, host=host))
-    kept = tuple(action for action in backward if action is not None)
-    return Recovery(Plan("recover", f"{name} (undone)", kept), carries_on=False)
+        rest = [action for step, action in enumerate(run.plan.actions) if step not in done]
+        ahead = tuple(action for action in rest if still_there(action, known, host=host))
+        plan = Plan("recover", f"{name} (carried on)", ahead)
+    else:
+        rest = [entry.action for entry in run.entries]
+        back = (inverse(entry) for entry in to_undo(run, host=host, loans=loans))
+        plan = Plan("recover", f"{name} (undone)", tuple(action for action in back if action))
+    left = tuple(
+        action.address
+        for action in rest
+        if isinstance(action, BindFunction) and not still_there(action, known, host=host)
+    )
+    return Recovery(plan, carries_on=run.plan.verb in FORWARD, left_alone=left)
 
 
-def to_undo(run: Run, *, host: Host) -> tuple[JournalEntry, ...]:
+def to_undo(run: Run, *, host: Host, loans: Mapping[PciAddress, Loan]) -> tuple[JournalEntry, ...]:
     """The entries to undo, last first."""
-    known = identities(run)
+    known = identities(run, loans=loans)
     return tuple(
-        entry for entry in reversed(run.entries) if same_card(entry.action, known, host=host)
+        entry for entry in reversed(run.entries) if still_there(entry.action, known, host=host)
     )
 
 
-def identities(run: Run) -> dict[PciAddress, Identity]:
-    """What each function was when the run began, as far as its loans say."""
-    return {
-        origin.address: origin.identity
-        for action in run.plan.actions
-        if isinstance(action, RecordLoan)
-        for origin in action.origins
-    }
+def identities(run: Run, *, loans: Mapping[PciAddress, Loan]) -> dict[PciAddress, Identity]:
+    """What each function was when the run began: attach and down move what was on loan then,
+    detach and up also what they were to lend first."""
+    recorded = (action for action in run.plan.actions if isinstance(action, RecordLoan))
+    return identities_in([*loans.values(), *recorded])
 
 
-def same_card(action: Action, known: dict[PciAddress, Identity], *, host: Host) -> bool:
-    """Whether the action's function is still the one that was meant, as far as is known."""
+def identities_in(records: Iterable[Loan | RecordLoan]) -> dict[PciAddress, Identity]:
+    """What each function was when it was recorded."""
+    origins: list[FunctionOrigin] = [each for record in records for each in record.origins]
+    return {origin.address: origin.identity for origin in origins}
+
+
+def still_there(action: Action, known: Mapping[PciAddress, Identity], *, host: Host) -> bool:
+    """Whether the function that the action moves is on the bus, and the one that was meant.
+
+    One that nothing on record knows is not touched: it may be a disk by now.
+    """
     if not isinstance(action, BindFunction):
         return True
     device, identity = host.devices.get(action.address), known.get(action.address)
-    if device is None or identity is None or device.lost:
-        return True
-    now = identity_of(device)
-    return (now.id, now.class_code) == (identity.id, identity.class_code)
+    if device is None or identity is None:
+        return False
+    return not is_another_card(identity_of(device), identity)

@@ -14,6 +14,8 @@ from gpupt.model.roll import SELF, Ground, Layer, Roll
 # Raised when the way of baking changes what a roll with the same files turns into.
 BAKE_FORMAT = 1
 BASE = "base"
+# What a machine that runs nodes is made of; no node is.
+HOST = "host"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,11 @@ def plan_stack(wanted: Iterable[str], rolls: Mapping[str, Roll], *, ground: Grou
         layers.append(Layer(key, digest, below))
         below = digest
     return Stack(tuple(layers), short_digest("image", str(BAKE_FORMAT), below or ""))
+
+
+def is_hosts(name: str, rolls: Mapping[str, Roll]) -> bool:
+    """Whether a roll is for machines that run nodes, and not for nodes."""
+    return any(roll.name == HOST for roll in closure((name,), rolls))
 
 
 def current_digests(

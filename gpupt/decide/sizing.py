@@ -25,6 +25,11 @@ def show_size(size: int) -> str:
     return f"{size} bytes"
 
 
+def _mib(size: int) -> str:
+    """Bytes in the one unit that lets sums be checked."""
+    return f"{size >> 20} MiB"
+
+
 def assess_size(
     spec: ClusterSpec, *, starting: Sequence[NodeSpec], capacity: Capacity
 ) -> tuple[Finding, ...]:
@@ -35,24 +40,24 @@ def assess_size(
     """
     pinned = sum(node.memory + QEMU_OVERHEAD for node in starting if node.gpus.wanted)
     whole = sum(node.memory for node in starting)
-    if pinned > capacity.available or whole > capacity.memory:
-        needs = (
-            f"needs {show_size(pinned)} of memory for its GPU nodes"
-            if pinned > capacity.available
-            else f"needs {show_size(whole)} of memory"
-        )
+    if pinned > capacity.available:
         raise Refused(
-            f"{spec.name} {needs}, and this machine has {show_size(capacity.available)} "
-            f"available of {show_size(capacity.memory)}",
-            details=(
-                *(
-                    f"{node.name}: {show_size(node.memory)}"
-                    + (", pinned for its GPUs" if node.gpus.wanted else "")
-                    for node in starting
-                ),
-                f"and {show_size(QEMU_OVERHEAD)} for QEMU itself with each GPU node",
+            f"{spec.name} needs {_mib(pinned)} of memory for its GPU nodes, and this machine "
+            f"has {_mib(capacity.available)} available of {_mib(capacity.memory)}",
+            details=tuple(
+                f"{node.name}: {_mib(node.memory)}, pinned for its GPUs, and "
+                f"{_mib(QEMU_OVERHEAD)} for QEMU itself"
+                for node in starting
+                if node.gpus.wanted
             ),
-            remedy="give the nodes less memory, or end what uses the machine's",
+            remedy="give the GPU nodes less memory, or end what uses the machine's",
+        )
+    if whole > capacity.memory:
+        raise Refused(
+            f"{spec.name} needs {_mib(whole)} of memory, and this machine has "
+            f"{_mib(capacity.memory)} in all",
+            details=tuple(f"{node.name}: {_mib(node.memory)}" for node in starting),
+            remedy="give the nodes less memory",
         )
     findings = []
     if whole + QEMU_OVERHEAD * len(starting) > capacity.available:

@@ -126,7 +126,8 @@ def about_card(gpu: Gpu, functions: list[PciDevice], *, boot_gpu: bool) -> Itera
                 gpu,
                 "it is the boot display",
                 f"boot_vga of {device.address} is 1: the host's console is on it",
-                remedy="make another card primary in the firmware, or give --boot-gpu",
+                remedy="make another card primary in the firmware, or take it all the same: "
+                f"gpupt detach {gpu.address} --boot-gpu",
             )
         if device.physfn is not None:
             yield refusal(

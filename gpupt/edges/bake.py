@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from typing import TextIO
 
 from gpupt.edges.bakery import SAY, WRONG, Order
 from gpupt.edges.images import (
@@ -133,9 +134,11 @@ def find_uv() -> Path:
 
 @contextmanager
 def baking(state: Path, narrate: Narrate, *, patience: float = _DEADLINE) -> Iterator[None]:
-    """One bake at a time for each state folder; says so when it waits for another."""
-    layers_folder(state).mkdir(parents=True, exist_ok=True)
-    with (layers_folder(state) / ".lock").open("a+") as lock:
+    """One bake at a time for each state folder; says so when it waits for another.
+
+    Raises Failed where the folder may not be written.
+    """
+    with _open_lock(layers_folder(state) / ".lock") as lock:
         end = time.monotonic() + patience
         said = False
         while True:
@@ -157,6 +160,19 @@ def baking(state: Path, narrate: Narrate, *, patience: float = _DEADLINE) -> Ite
         lock.write(str(os.getpid()))
         lock.flush()
         yield
+
+
+def _open_lock(file: Path) -> TextIO:
+    """The lock file, made where there is none; raises Failed."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        return file.open("a+")
+    except OSError as error:
+        raise Failed(
+            f"{file.parent} cannot be written",
+            details=error.strerror or str(error),
+            remedy="run gpupt as root, or name a folder of yours with --state",
+        ) from None
 
 
 def _bake_missing(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from gpupt.edges.holders import read_holders, vfio_to_be_had
 from gpupt.edges.sysfs import Reader
+from gpupt.errors import GpuptError
 from gpupt.model.facts import HostFacts, MemoryLimits, Reserved, StuckUnbind, VfioClaim
 from gpupt.model.host import Host
 from gpupt.model.pci import PciAddress, PciId
@@ -20,7 +21,7 @@ def read_facts(
     host: Host,
     *,
     kvm: str | None = None,
-    libvirt: str | None = None,
+    libvirt: GpuptError | None = None,
     unread: Mapping[str, str] | None = None,
 ) -> HostFacts:
     """The facts of the machine under ``root``.

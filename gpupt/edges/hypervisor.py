@@ -6,13 +6,16 @@ has a deadline, since a libvirtd that is stuck answers nothing.
 
 from __future__ import annotations
 
+import os
 import queue
+import shutil
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from ipaddress import IPv4Network
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 from xml.etree import ElementTree
 
 from gpupt.errors import BadInput, DeadlineExceeded, Failed, GpuptError
@@ -27,6 +30,34 @@ START_SECONDS = 600.0
 Answer = TypeVar("Answer")
 
 
+# What gpupt's domains run on, and the driver that pretends to run them.
+DRIVERS = frozenset({"qemu", "test"})
+DAEMONS = ("libvirtd", "virtqemud")
+
+
+def no_uri(uri: str, why: str) -> BadInput:
+    """The error for a word that libvirt takes for no URI."""
+    return BadInput(
+        f"{uri!r} is no URI that gpupt can use",
+        details=why,
+        remedy="give --connect one such as qemu:///system or qemu+ssh://root@HOST/system",
+    )
+
+
+def what_to_do(uri: str) -> str:
+    """The remedy when libvirt cannot be reached at ``uri``: not installed is not stopped."""
+    host = urlsplit(uri).hostname
+    if host is not None:
+        return f"see that libvirt runs on {host} and lets you in, and check --connect"
+    places = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+    if not any(shutil.which(daemon, path=places) for daemon in DAEMONS):
+        return "libvirt is not installed here: ./quickstart --setup-only host installs it"
+    return (
+        "systemctl start libvirtd (or virtqemud), run gpupt as root or as a member of the "
+        "group libvirt, and check --connect if you gave it"
+    )
+
+
 class Hypervisor:
     """One connection to libvirt."""
 
@@ -37,7 +68,13 @@ class Hypervisor:
 
     @classmethod
     def connect(cls, uri: str, *, deadline: float = CONNECT_SECONDS) -> Hypervisor:
-        """A connection to ``uri`` within ``deadline`` seconds; raises Failed with what to do."""
+        """A connection to ``uri`` within ``deadline`` seconds.
+
+        Raises BadInput for what is no URI of libvirt's, Failed with what to do.
+        """
+        driver, colon, _ = uri.partition(":")
+        if colon and driver.partition("+")[0] not in DRIVERS:
+            raise no_uri(uri, f"no connection driver {driver!r}")
         try:
             import libvirt
         except ImportError as error:
@@ -48,13 +85,12 @@ class Hypervisor:
             ) from None
         # libvirt prints every error to stderr by itself unless told not to.
         libvirt.registerErrorHandler(lambda *_: None, None)
-        remedy = (
-            "start libvirtd (systemctl start libvirtd), run gpupt as root or as a member of "
-            "the group libvirt, and check --connect"
-        )
+        remedy = what_to_do(uri)
         try:
             connection = _within(deadline, f"libvirt at {uri}", lambda: libvirt.open(uri))
         except libvirt.libvirtError as error:
+            if error.get_error_code() == libvirt.VIR_ERR_NO_CONNECT:
+                raise no_uri(uri, str(error)) from None
             raise Failed(
                 f"cannot reach libvirt at {uri}", details=str(error), remedy=remedy
             ) from None

@@ -52,19 +52,45 @@ def read_ledger(state: Path) -> Ledger:
 
     Raises Failed when it is damaged, or may not be read.
     """
+    with reading(state) as connection:
+        if connection is None:
+            return Ledger()
+        return Ledger(loans_in(connection), runs_in(connection))
+
+
+def read_past_clusters(state: Path) -> frozenset[str]:
+    """Every cluster that this state folder ever began an `up` or a `down` of.
+
+    Raises Failed as read_ledger does.
+    """
+    with reading(state) as connection:
+        if connection is None:
+            return frozenset()
+        rows = connection.execute(
+            "SELECT DISTINCT json_extract(plan, '$.subject') FROM runs "
+            "WHERE json_extract(plan, '$.verb') IN ('up', 'down')"
+        ).fetchall()
+    return frozenset(str(name) for (name,) in rows)
+
+
+@contextmanager
+def reading(state: Path) -> Iterator[sqlite3.Connection | None]:
+    """The database of a state folder, read-only; None where there is none yet."""
     file = state / FILE
     try:
-        if not file.stat().st_size:
-            return Ledger()
+        there = file.stat().st_size > 0
     except FileNotFoundError:
-        return Ledger()
+        there = False
     except OSError as error:
         raise unusable(file, error) from None
+    if not there:
+        yield None
+        return
     with speaking_of(file):
         connection = connect_to_read(file)
         try:
             check_version(connection, file)
-            return Ledger(loans_in(connection), runs_in(connection))
+            yield connection
         finally:
             connection.close()
 

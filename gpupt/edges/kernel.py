@@ -50,12 +50,9 @@ class Kernel:
         return DriverBinding(driver, self.reader.override(address))
 
     def identity(self, address: PciAddress) -> Identity | None:
-        """What card it is now; None when it is gone, or too lost to say."""
+        """What card it is, as the kernel remembers it: a lost one too; None when it is gone."""
         device = self.reader.device(f"{BUS}/devices/{address}", address)
-        if device is None:
-            return None
-        device = self.reader.in_full(device)
-        return None if device.lost else identity_of(device)
+        return None if device is None else identity_of(device)
 
     def has_driver(self, driver: str) -> bool:
         """Whether a PCI driver of that name is registered."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from gpupt.edges.images import RECORD, images_folder, layers_folder
 from gpupt.edges.process import run
+from gpupt.errors import Failed
 
 _QCOW2 = b"QFI\xfb"
 
@@ -26,8 +28,15 @@ def find_leftovers(state: Path, *, keep: frozenset[str]) -> tuple[Leftover, ...]
     """Images and layers whose digest is not in ``keep`` and that are not in use.
 
     In use is an image that a disk of a cluster or of the lab stands on, or that a record
-    of theirs names, and a layer that a running program was started from.
+    of theirs names, and a layer that a running program was started from.  Raises Failed
+    where the guests' folders may not be read: what is in use would not be known.
     """
+    for kind in ("clusters", "lab"):
+        if (state / kind).is_dir() and not os.access(state / kind, os.R_OK | os.X_OK):
+            raise Failed(
+                f"{state / kind} cannot be read: which images are in use is not known",
+                remedy="run gpupt as root",
+            )
     used = _named_by_guests(state)
     running = _command_lines()
     found = []

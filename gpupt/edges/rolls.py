@@ -31,7 +31,8 @@ def read_rolls(folder: Path | None = None) -> dict[str, Roll]:
             roll, variants = read_roll(entry)
             found[roll.name] = roll
             for name, lock in variants:
-                found[f"{roll.name}={name}"] = replace(roll, lock=lock)
+                summary = f"{roll.summary} (variant {name})"
+                found[f"{roll.name}={name}"] = replace(roll, lock=lock, summary=summary)
     return found
 
 
@@ -84,7 +85,7 @@ def verify_roll(roll: Roll, folder: Path | None = None) -> tuple[str, ...]:
         tasks = home / "tasks/main.yml"
         if tasks.is_file():
             count = sum(1 for _ in read_yaml(tasks).items())
-            facts.append(f"{count} tasks")
+            facts.append(f"{count} task{'' if count == 1 else 's'}")
     return tuple(facts)
 
 

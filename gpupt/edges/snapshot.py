@@ -11,6 +11,7 @@ import os
 import re
 import tarfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from gpupt.edges.sysfs import Reader
@@ -48,9 +49,15 @@ def write_snapshot(root: Path, file: Path) -> int:
                 count += 1
         half.replace(file)
     except OSError as error:
-        raise Failed(f"cannot write {file}", details=str(error)) from None
+        raise Failed(
+            f"cannot write {file}",
+            details=error.strerror or str(error),
+            remedy="name a file in a folder that you may write to",
+        ) from None
     finally:
-        half.unlink(missing_ok=True)
+        # Where it may not be made, it may not be looked for either.
+        with suppress(OSError):
+            half.unlink(missing_ok=True)
     return count
 
 

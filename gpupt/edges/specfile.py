@@ -39,14 +39,23 @@ class SpecFile:
     places: Mapping[str, str]
 
 
-def read_specfile(file: Path, *, known_rolls: Sequence[str]) -> SpecFile:
-    """The specification in a file; raises BadInput."""
-    return _read_cluster(read_yaml(file), known_rolls)
+def read_specfile(
+    file: Path, *, known_rolls: Sequence[str], host_rolls: Mapping[str, str] | None = None
+) -> SpecFile:
+    """The specification in a file; ``host_rolls`` are those that are not for nodes, each
+    with what it is for.  Raises BadInput."""
+    return _read_cluster(read_yaml(file), known_rolls, host_rolls or {})
 
 
-def parse_specfile(text: str, *, file: str, known_rolls: Sequence[str]) -> SpecFile:
+def parse_specfile(
+    text: str,
+    *,
+    file: str,
+    known_rolls: Sequence[str],
+    host_rolls: Mapping[str, str] | None = None,
+) -> SpecFile:
     """The specification in a text; ``file`` names it in errors; raises BadInput."""
-    return _read_cluster(parse_yaml(text, file=file), known_rolls)
+    return _read_cluster(parse_yaml(text, file=file), known_rolls, host_rolls or {})
 
 
 def parse_size(text: str) -> int:
@@ -55,7 +64,7 @@ def parse_size(text: str) -> int:
     if found is None:
         hint = f"write {text.strip()} MiB or {text.strip()} GiB" if text.strip().isdigit() else ""
         raise BadInput(
-            f"{text!r} is not an amount of memory",
+            f"{text!r} is not a size",
             details="expected a number and KiB, MiB, GiB or TiB, such as 3 GiB",
             remedy=hint,
         )
@@ -73,13 +82,15 @@ def parse_size(text: str) -> int:
     return int(size)
 
 
-def _read_cluster(value: Value, known_rolls: Sequence[str]) -> SpecFile:
+def _read_cluster(
+    value: Value, known_rolls: Sequence[str], host_rolls: Mapping[str, str]
+) -> SpecFile:
     fields = value.fields(
         "cluster", "rolls", "network", "nodes", required=("cluster", "rolls", "nodes")
     )
     places = {name: str(field.where) for name, field in fields.items()}
     name = _read_name(fields["cluster"], most=32)
-    rolls = _read_rolls(fields["rolls"], known_rolls)
+    rolls = _read_rolls(fields["rolls"], known_rolls, host_rolls)
     subnet = DEFAULT_SUBNET
     if "network" in fields:
         network = fields["network"].fields("subnet", required=("subnet",))
@@ -108,10 +119,19 @@ def _read_name(value: Value, *, most: int = 63) -> str:
     return name
 
 
-def _read_rolls(value: Value, known: Sequence[str]) -> tuple[str, ...]:
+def _read_rolls(
+    value: Value, known: Sequence[str], host_rolls: Mapping[str, str]
+) -> tuple[str, ...]:
+    known = [name for name in known if name not in host_rolls]
     rolls: list[str] = []
     for item in value.items():
         name = item.text()
+        if name in host_rolls:
+            item.wrong(
+                f"roll {name!r} is not for nodes: it is for machines that run them",
+                expected="one of " + ", ".join(known),
+                remedy=f"leave it out ({name}: {host_rolls[name]})",
+            )
         if name not in known:
             near = get_close_matches(name, known, 1)
             item.wrong(
@@ -219,10 +239,10 @@ def _read_size(value: Value, *, least: int) -> int:
             remedy=error.remedy,
         )
     if not least <= size <= 1 << 50:
-        value.wrong(f"{value.path} is {value.text()}", expected=f"{least >> 20} MiB to 1024 TiB")
+        value.wrong(f"{value.called} is {value.text()}", expected=f"{least >> 20} MiB to 1024 TiB")
     # libvirt counts memory and qemu-img counts disks in whole blocks.
     if size % (1 << 20):
-        value.wrong(f"{value.path} is {value.text()}", expected="whole MiB")
+        value.wrong(f"{value.called} is {value.text()}", expected="whole MiB")
     return size
 
 
@@ -231,7 +251,7 @@ def _read_gpus(value: Value, *, claimed: dict[str, str], places: dict[str, str])
     if not value.is_list:
         if value.tag != "int":
             value.wrong(
-                f"{value.path} is not a list and not a count",
+                f"{value.called} is not a list and not a count",
                 expected='gpus: 2, or gpus: ["0000:41:00.0", …]',
                 remedy="gpupt list shows the addresses of this host's GPUs",
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from gpupt.errors import GpuptError
 from gpupt.model.host import Holder
 from gpupt.model.pci import PciAddress, PciId
 
@@ -66,5 +67,5 @@ class HostFacts:
     stuck: tuple[StuckUnbind, ...] = ()
     kvm: str | None = None
     kvm_present: bool = False
-    libvirt: str | None = None
+    libvirt: GpuptError | None = None
     unread: Mapping[str, str] = field(default_factory=dict)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from gpupt.model.host import Gpu, GpuState, Loan
-from gpupt.model.pci import Identity, PciAddress, PciDevice
+from gpupt.model.pci import Identity, PciAddress, PciDevice, PciId
 
 NVIDIA = 0x10DE
 GPU_VENDORS = frozenset({NVIDIA, 0x1002, 0x8086})
 VFIO = "vfio-pci"
+# What a card that has fallen off the bus answers when its ids are read anew.
+ALL_ONES = PciId(0xFFFF, 0xFFFF)
 
 
 def is_gpu_class(class_code: int, *, vendor: int) -> bool:
@@ -64,6 +67,11 @@ def companions_of(main: PciDevice, functions: list[PciDevice]) -> tuple[PciAddre
 def identity_of(device: PciDevice) -> Identity:
     """What is recorded of a function, to know it again."""
     return Identity(device.id, device.subsystem, device.class_code)
+
+
+def is_another_card(now: Identity, was: Identity) -> bool:
+    """Whether an address holds another card than it did; all ones say nothing of that."""
+    return now.id != ALL_ONES and replace(now, serial=was.serial) != was
 
 
 def state_of(gpu: Gpu, loan: Loan | None) -> GpuState:

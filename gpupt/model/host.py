@@ -73,7 +73,9 @@ class FunctionOrigin:
 @dataclass(frozen=True, slots=True)
 class Loan:
     """A GPU taken from the host: where each function of its group came from, and which
-    node of which cluster has it (None: detached, lent to nobody yet)."""
+    node of which cluster has it (None: detached, lent to nobody yet).
+
+    A cluster and no node: that cluster had it, and did not bring it home so far."""
 
     gpu: PciAddress
     origins: tuple[FunctionOrigin, ...]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from gpupt.model.pci import Bar, Link, PciAddress, PciDevice
 if TYPE_CHECKING:
     from gpupt.actions import Ledger
     from gpupt.decide.doctor import Diagnosis
+    from gpupt.model.roll import Roll
 
 COLOURS = {
     "host": "32",
@@ -27,6 +29,11 @@ COLOURS = {
     "dim": "2",
     "head": "1",
 }
+
+
+# A name is cut to that many characters before a column is dropped for it.
+ENOUGH = 36
+GPU_HEAD = ("GPU", "STATE", "DRIVER", "GROUP", "NUMA", "LINK", "BAR", "ID")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,38 +76,100 @@ def gpu_table(
     if not host.gpus:
         return ["no GPUs on this host"]
     rows = [gpu_row(gpu, host=host, loan=loans.get(gpu.address)) for gpu in host.gpus]
-    head = ["GPU", "STATE", "DRIVER", "GROUP", "NUMA", "LINK", "BAR", "ID", "NAME"]
     # A column that says nothing of any card is left out.
     kept = [
         column
-        for column in range(len(head))
-        if head[column] not in {"NUMA", "LINK", "BAR"}
-        or any(row[column].text != "–" for row in rows)
+        for column, name in enumerate(GPU_HEAD)
+        if name not in {"NUMA", "LINK", "BAR"} or any(row[column].text != "–" for row in rows)
     ]
+    names = [GpuName.of(gpu.device) for gpu in host.gpus]
+    kept, room = make_room(
+        kept, rows, needed=max(min(len(name.short), ENOUGH) for name in names), width=width
+    )
     return table(
-        [head[column] for column in kept],
-        [[row[column] for column in kept] for row in rows],
+        [*(GPU_HEAD[column] for column in kept), "NAME"],
+        [
+            [*(row[column] for column in kept), Cell(name.within(room))]
+            for row, name in zip(rows, names, strict=True)
+        ],
         colour=colour,
-        width=width,
     )
 
 
+def make_room(
+    kept: Sequence[int], rows: Sequence[Sequence[Cell]], *, needed: int, width: int | None
+) -> tuple[list[int], int | None]:
+    """The columns of ``kept`` that leave ``needed`` characters for the name, the least
+    important dropped first, and the characters that are left for it (None: any number)."""
+    kept = list(kept)
+    if width is None:
+        return kept, None
+    wide = [
+        max(len(GPU_HEAD[c]), *(len(row[c].text) for row in rows)) for c in range(len(GPU_HEAD))
+    ]
+    for least in ("ID", "BAR", "LINK", "NUMA"):
+        if sum(wide[column] + 2 for column in kept) + needed <= width:
+            break
+        kept = [column for column in kept if GPU_HEAD[column] != least]
+    return kept, width - sum(wide[column] + 2 for column in kept)
+
+
+@dataclass(frozen=True, slots=True)
+class GpuName:
+    """What a card is called, and what else must be known of it."""
+
+    name: str
+    notes: str
+
+    @classmethod
+    def of(cls, device: PciDevice) -> GpuName:
+        notes = []
+        if device.boot_vga:
+            notes.append("boot display")
+        if device.physfn is not None:
+            notes.append(f"VF of {device.physfn}")
+        if device.sriov_numvfs:
+            notes.append(f"{device.sriov_numvfs} VFs")
+        # The names of pci.ids, without what only lawyers read.
+        name = (device.name or "").replace(" Corporation", "").replace(", Inc.", "")
+        return cls(name, f"({', '.join(notes)})" if notes else "")
+
+    @property
+    def whole(self) -> str:
+        """All of it: ``NVIDIA GH100 [H100 SXM5 80GB]``."""
+        return f"{self.name} {self.notes}".strip()
+
+    @property
+    def sold_as(self) -> str:
+        """The maker and what the card is sold as: ``NVIDIA H100 SXM5 80GB``."""
+        sold = re.findall(r"\[([^]]+)\]", self.name)
+        if not sold or not self.name.endswith("]"):
+            return self.name
+        maker = sold[0] if len(sold) > 1 else self.name.split()[0]
+        return f"{maker} {sold[-1]}"
+
+    @property
+    def short(self) -> str:
+        """As little as says which card it is, and the notes."""
+        return f"{self.sold_as} {self.notes}".strip()
+
+    def within(self, room: int | None) -> str:
+        """As much as there is room for; the notes are never cut."""
+        if room is None or len(self.whole) <= room:
+            return self.whole
+        if len(self.short) <= room:
+            return self.short
+        left = room - len(self.notes) - 2
+        return f"{self.sold_as[:left].rstrip()}… {self.notes}".strip() if left > 0 else self.notes
+
+
 def gpu_row(gpu: Gpu, *, host: Host, loan: Loan | None) -> list[Cell]:
-    """A GPU's cells in ``gpupt list``."""
+    """A GPU's cells in ``gpupt list``, but for its name."""
     device = gpu.device
     state = state_of(gpu, loan)
     said = state.value
     if state is GpuState.LENT and loan is not None:
         said = f"lent {loan.cluster}/{loan.node}"
-    notes = []
-    if device.boot_vga:
-        notes.append("boot display")
-    if device.physfn is not None:
-        notes.append(f"VF of {device.physfn}")
-    if device.sriov_numvfs:
-        notes.append(f"{device.sriov_numvfs} VFs")
-    # The names of pci.ids, without what only lawyers read.
-    name = (device.name or "").replace(" Corporation", "").replace(", Inc.", "")
     return [
         Cell(str(device.address)),
         Cell(said, state.value),
@@ -110,8 +179,16 @@ def gpu_row(gpu: Gpu, *, host: Host, loan: Loan | None) -> list[Cell]:
         Cell(link_of(device.link)),
         Cell(largest_bar(device.bars)),
         Cell(str(device.id), "dim"),
-        Cell(f"{name} ({', '.join(notes)})".strip() if notes else name),
     ]
+
+
+def roll_table(rolls: Mapping[str, Roll], *, colour: bool, width: int | None = None) -> list[str]:
+    """``gpupt roll list``: a line for each roll, and what it needs."""
+    rows = [
+        [Cell(name), Cell(roll.version), Cell(", ".join(roll.needs) or "–"), Cell(roll.summary)]
+        for name, roll in rolls.items()
+    ]
+    return table(["ROLL", "VERSION", "NEEDS", "SUMMARY"], rows, colour=colour, width=width)
 
 
 def driver_of(device: PciDevice) -> str:

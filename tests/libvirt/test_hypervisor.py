@@ -17,7 +17,7 @@ from gpupt.decide.domain import Credential, view_domain, view_network
 from gpupt.edges.hypervisor import Absent, Hypervisor
 from gpupt.edges.routes import read_routes
 from gpupt.edges.templates import render_view
-from gpupt.errors import DeadlineExceeded, Failed, Refused
+from gpupt.errors import BadInput, DeadlineExceeded, Failed, Refused
 from gpupt.model.cluster import Allocation, ClusterSpec, NodeSpec, Role
 from gpupt.model.host import Host
 
@@ -168,7 +168,7 @@ def test_unreachable_libvirt_says_what_to_do() -> None:
         Hypervisor.connect("qemu+unix:///system?socket=/nonexistent/sock")
     assert "cannot reach libvirt" in caught.value.brief
     assert "--connect" in caught.value.remedy
-    with pytest.raises(Failed, match="cannot reach"):
+    with pytest.raises(BadInput, match="no URI"):
         Hypervisor.connect("nonsense://x")
 
 

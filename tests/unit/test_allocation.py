@@ -89,8 +89,21 @@ def test_unknown_gpu_is_bad_input_at_its_place() -> None:
     assert "this host has no GPU 0000:01:00.1" in said
     assert "at c.yaml:5:9" in said
     assert "did you mean '0000:01:00.0'" in said
-    with pytest.raises(BadInput, match="no GPU huge"):
-        allocate(spec_of(node("a", "huge")), host=HOST)
+    with pytest.raises(BadInput, match="no GPU huge") as caught:
+        allocate(
+            spec_of(node("a", "huge")),
+            host=HOST,
+            aliases={"big": GPU},
+            alias_file="/s/aliases.yaml",
+        )
+    assert "aliases in /s/aliases.yaml: big" in caught.value.details
+
+
+def test_companion_named_as_a_gpu_says_whose_it_is() -> None:
+    with pytest.raises(BadInput) as caught:
+        allocate(spec_of(node("a", str(SOUND))), host=HOST)
+    assert caught.value.brief == f"{SOUND} is a companion of the GPU {GPU}"
+    assert caught.value.remedy.startswith(f"name {GPU}")
 
 
 def test_alias_and_address_of_one_gpu_for_two_nodes() -> None:
@@ -201,13 +214,19 @@ def test_memory_is_refused_and_cpus_only_warn() -> None:
     found = assess_size(spec, starting=spec.nodes, capacity=few)
     assert {finding.id for finding in found} == {"cpus-overcommitted", "cpus-shared"}
     short = replace(plenty, available=2 << 30)
-    with pytest.raises(Refused, match="needs 2368 MiB of memory for its GPU nodes, and this"):
+    with pytest.raises(Refused, match="needs 2368 MiB of memory for its GPU nodes, and this") as no:
         assess_size(spec, starting=spec.nodes, capacity=short)
+    # What is listed is what was summed, in the same unit.
+    assert "has 2048 MiB available of 65536 MiB" in no.value.brief
+    assert no.value.details == tuple(
+        f"compute-{number}: 1024 MiB, pinned for its GPUs, and 160 MiB for QEMU itself"
+        for number in (0, 1)
+    )
     assert not assess_size(spec, starting=spec.nodes[:1], capacity=short)
     tight = assess_size(spec, starting=spec.nodes, capacity=replace(plenty, available=3 << 30))
     assert [finding.id for finding in tight] == ["memory-tight"]
     small = replace(plenty, memory=5 << 29, available=5 << 29)
-    with pytest.raises(Refused, match="needs 3 GiB of memory, and this"):
+    with pytest.raises(Refused, match="needs 3072 MiB of memory, and this"):
         assess_size(spec, starting=spec.nodes, capacity=small)
 
 

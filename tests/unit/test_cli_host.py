@@ -85,7 +85,9 @@ def test_info_for_people(tmp_path: Path, golden: Golden, machine: str, gpu: str)
 def test_detach_for_people(host: Host, golden: Golden) -> None:
     status, result = host.type("detach", "--all", "--dry-run")
     assert status == 0
-    golden("machines/detach-dry-run.txt", result.stderr)
+    # The plan that was asked for is the data; what is left alone, and why, is narration.
+    golden("machines/detach-dry-run.txt", result.stdout)
+    assert result.stderr == "leaving 0000:03:00.0: it is the boot display\n"
     assert host.kernel.writes == []
     assert not host.state.exists()
     host.type("detach", "--all", "--yes")
@@ -126,16 +128,23 @@ def test_json_of_a_change_is_one_object(host: Host) -> None:
     assert host.data("attach", "02:00.0", "--dry-run")["actions"][0]["subject"] == "0000:02:00.0"
 
 
+def test_json_is_the_result_alone_when_a_person_is_asked(host: Host) -> None:
+    status, result = host.type("detach", "02:00.0", "--json")  # nobody there to be asked
+    assert (status, result.stdout) == (2, "")
+    assert "RecordLoan" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("words", "status", "said"),
     [
         (["detach"], 2, "name the GPUs"),
-        (["detach", "--all", "01:00.0"], 2, "name the GPUs"),
+        (["detach", "--all", "01:00.0"], 2, "not both"),
         (["detach", "7f:00.0", "--yes"], 2, "0000:02:00.0  10de:1eb8"),
         (["detach", "02:00.1", "--yes"], 2, "companion of 0000:02:00.0"),
         (["detach", "nonsense", "--yes"], 2, "not a PCI address"),
+        (["detach", "nonsense", "--yes"], 2, "lib/gpupt/aliases.yaml: none"),
         (["detach", "02:00.0"], 2, "no terminal"),
-        (["detach", "03:00.0", "--yes"], 3, "boot display"),
+        (["detach", "03:00.0", "--yes"], 3, "gpupt detach 0000:03:00.0 --boot-gpu"),
         (["detach", "02:00.0", "03:00.0", "--yes"], 3, "boot display"),
         (["attach", "02:00.0", "--yes"], 0, "nothing to do"),
         (["info", "7f:00.0"], 2, "no GPU at"),

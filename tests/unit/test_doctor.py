@@ -15,6 +15,7 @@ from gpupt.actions import JournalEntry, Ledger, LendGpu, Plan, RecordLoan, Run
 from gpupt.decide.doctor import CHECKS, ELSEWHERE, diagnose
 from gpupt.edges.hostfacts import read_facts
 from gpupt.edges.sysfs import read_host
+from gpupt.errors import Failed, GpuptError
 from gpupt.model.facts import MemoryLimits
 from gpupt.model.gpus import identity_of
 from gpupt.model.host import Finding, FunctionOrigin, Host, Loan
@@ -42,7 +43,7 @@ class Machine:
     links: dict[str, str] = field(default_factory=dict)
     ledger: Callable[[Host], Ledger] = lambda host: Ledger()
     kvm: str | None = None
-    libvirt: str | None = None
+    libvirt: GpuptError | None = None
     limits: MemoryLimits | None = None
     drivers: Iterable[str] = ("vfio-pci",)
 
@@ -325,7 +326,7 @@ CASES: dict[str, list[tuple[Machine, Machine]]] = {
         (Machine([card(numa=1)], files=NODES), Machine([card(numa=0)], files=NODES)),
     ],
     "kvm-unusable": [(Machine(kvm="no guest answered within 20 s"), Machine())],
-    "libvirt-unreachable": [(Machine(libvirt="refused"), Machine())],
+    "libvirt-unreachable": [(Machine(libvirt=Failed("refused", remedy="start it")), Machine())],
     "lost-device": [
         (Machine([card(lost=True)]), Machine()),
         (Machine([card(), replace(SOUND, lost=True)]), Machine([card(), SOUND])),
@@ -403,3 +404,9 @@ def test_a_look_into_processes_that_is_denied_is_no_look(tmp_path: Path) -> None
     (tmp_path / "proc/77/fd").mkdir(mode=0)
     facts = read_facts(tmp_path, read_host(tmp_path, whole=True))
     assert "root only" in facts.unread["device-held"]
+
+
+def test_the_remedy_for_libvirt_stands_once(tmp_path: Path) -> None:
+    trouble = Failed("cannot reach libvirt", details="no socket", remedy="start it")
+    (found,) = Machine(libvirt=trouble).findings(tmp_path)
+    assert (found.evidence, found.remedy) == (("cannot reach libvirt", "no socket"), "start it")

@@ -212,6 +212,54 @@ def test_a_loan_is_not_forgotten_before_everything_is_back(
     assert set(journal.ledger.loans) == {GPU}
 
 
+def test_a_lost_card_that_stays_on_vfio_pci_stays_on_loan(
+    kernel: FakeKernel, journal: Journal
+) -> None:
+    detach(kernel, journal, GPU)
+    config = kernel.root / f"sys/bus/pci/devices/{GPU}/config"
+    whole = config.read_bytes()
+    config.write_bytes(b"\xff" * 64)
+    kernel.faults = [Fault("unbind", str(GPU), errno.EBUSY)]
+    with pytest.raises(Failed, match="EBUSY") as error:
+        attach(kernel, journal, GPU)
+    assert f"{GPU} is not back where it came from" in str(error.value)
+    assert kernel.binding(GPU).driver == "vfio-pci"
+    assert set(journal.ledger.loans) == {GPU}
+    config.write_bytes(whole)
+    kernel.faults = []
+    attach(kernel, journal, GPU)
+    assert kernel.binding(GPU) == DriverBinding("bochs-drm", None)
+    assert journal.ledger.loans == {}
+
+
+def test_a_card_that_answers_all_ones_for_its_ids_is_no_other_card(
+    kernel: FakeKernel, journal: Journal
+) -> None:
+    detach(kernel, journal, GPU)
+    folder = kernel.root / f"sys/bus/pci/devices/{GPU}"
+    (folder / "uevent").write_text("PCI_CLASS=FFFFFF\nPCI_ID=FFFF:FFFF\nPCI_SUBSYS_ID=FFFF:FFFF\n")
+    plan = Plan("attach", str(GPU), (EraseLoan(GPU, why="too early"),))
+    with pytest.raises(Failed, match="not back where it came from") as error:
+        execute(plan, world=World(kernel, journal, lambda line: None))
+    assert any(line.startswith(f"{GPU}: vfio-pci") for line in error.value.details)
+    assert set(journal.ledger.loans) == {GPU}
+
+
+def test_a_card_exchanged_after_the_plan_was_made_is_not_written_to(
+    kernel: FakeKernel, journal: Journal
+) -> None:
+    detach(kernel, journal, GPU)
+    host = read_host(kernel.root, whole=True)
+    plan = plan_attach(host, gpus=[GPU], loans=journal.ledger.loans)
+    folder = kernel.root / f"sys/bus/pci/devices/{GPU}"
+    (folder / "uevent").write_text("PCI_CLASS=10000\nPCI_ID=1AF4:1042\nPCI_SUBSYS_ID=1AF4:1100\n")
+    written = len(kernel.writes)
+    with pytest.raises(Failed, match="not the card that was detached"):
+        execute(plan, world=World(kernel, journal, lambda line: None))
+    assert all("02:00.0" not in path + word for path, word in kernel.writes[written:])
+    assert kernel.binding(SOUND) == DriverBinding("snd_hda_intel", None)
+
+
 def test_vfio_pci_is_loaded_when_it_is_not_there(kernel: FakeKernel, journal: Journal) -> None:
     vfio = kernel.root / "sys/bus/pci/drivers/vfio-pci"
     for control in vfio.iterdir():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from gpupt.actions import Action, Plan
 from gpupt.apply.execute import execute
 from gpupt.apply.recover import clean_up, recover
 from gpupt.apply.world import World
+from gpupt.decide import inverse
 from gpupt.decide.binding import (
     Preflight,
     choose_all,
@@ -25,9 +27,11 @@ from gpupt.decide.binding import (
 )
 from gpupt.edges.journal import Journal, read_ledger
 from gpupt.edges.sysfs import read_host
+from gpupt.errors import Failed
 from gpupt.model.pci import DriverBinding, PciAddress
 
 POINTS = ("planned", "intended", "performed", "done")
+BARE, GPU, SOUND = (PciAddress.parse(text) for text in ("01:00.0", "02:00.0", "02:00.1"))
 
 
 def quiet(line: str) -> None:
@@ -159,6 +163,113 @@ def test_another_card_at_the_address_is_left_alone(quick_path: Path) -> None:
     recover_all(kernel, state)
     assert all("02:00.0" not in path + word for path, word in kernel.writes[written:])
     assert read_ledger(state).unfinished == ()
+    assert read_ledger(state).loans == {}
+
+
+def boot_with_a_disk_at(kernel: FakeKernel, address: PciAddress) -> None:
+    """The host boots again: overrides are gone, and a disk controller has that address."""
+    folder = kernel.root / f"sys/bus/pci/devices/{address}"
+    (folder / "uevent").write_text(
+        "DRIVER=virtio-pci\nPCI_CLASS=10000\nPCI_ID=1AF4:1042\nPCI_SUBSYS_ID=1AF4:1100\n"
+    )
+    (folder / "vendor").write_text("0x1af4\n")
+    (folder / "device").write_text("0x1042\n")
+    (folder / "driver_override").write_text("(null)\n")
+    (folder / "driver").unlink(missing_ok=True)
+    (folder / "driver").symlink_to("../../../bus/pci/drivers/virtio-pci")
+
+
+def test_an_attach_carried_on_leaves_another_card_alone(quick_path: Path) -> None:
+    kernel = emulated_host(quick_path / "machine")
+    state = quick_path / "state"
+    assert not run_and_die(kernel, state, decide_detach(kernel, state))
+    assert run_and_die(kernel, state, decide_attach(kernel, state), at=1)
+    boot_with_a_disk_at(kernel, GPU)
+    host = read_host(kernel.root, whole=True)
+    ledger = read_ledger(state)
+    (run,) = ledger.unfinished
+    shown = inverse.plan_recovery(run, host=host, loans=ledger.loans)
+    assert shown.left_alone == (GPU,)
+    assert GPU not in {getattr(action, "address", None) for action in shown.plan.actions}
+    written = len(kernel.writes)
+    recover_all(kernel, state)
+    assert all("02:00.0" not in path + word for path, word in kernel.writes[written:])
+    assert kernel.binding(GPU) == DriverBinding("virtio-pci", None)
+    assert kernel.binding(SOUND) == DriverBinding("snd_hda_intel", None)
+    assert read_ledger(state).unfinished == ()
+    assert read_ledger(state).loans == {}
+
+
+@pytest.mark.parametrize("exchanged", [True, False])
+def test_a_detach_of_what_was_on_loan_is_undone_for_the_same_card_only(
+    quick_path: Path, exchanged: bool
+) -> None:
+    kernel = emulated_host(quick_path / "machine")
+    state = quick_path / "state"
+    assert not run_and_die(kernel, state, decide_detach(kernel, state))
+    # A boot gave the GPU back to its driver; it is still on loan, and taken again.
+    kernel.set_override(GPU, None)
+    kernel.unbind(GPU, "vfio-pci")
+    kernel.probe(GPU)
+    again = decide_detach(kernel, state)
+    assert [type(action).__name__ for action in again.actions] == ["BindFunction"]
+    before = kernel.tree()
+    assert run_and_die(kernel, state, again, at=2)
+    if exchanged:
+        boot_with_a_disk_at(kernel, GPU)
+        before = kernel.tree()
+    recover_all(kernel, state)
+    assert kernel.tree() == before
+    assert read_ledger(state).unfinished == ()
+
+
+def test_what_nothing_on_record_knows_is_not_touched(quick_path: Path) -> None:
+    kernel = emulated_host(quick_path / "machine")
+    state = quick_path / "state"
+    assert not run_and_die(kernel, state, decide_detach(kernel, state))
+    assert run_and_die(kernel, state, decide_attach(kernel, state), at=1)
+    with Journal(state) as journal:
+        journal.erase(GPU)
+    before = {address: kernel.binding(address) for address in (GPU, SOUND)}
+    recover_all(kernel, state)
+    assert {address: kernel.binding(address) for address in (GPU, SOUND)} == before
+    assert kernel.binding(BARE) == DriverBinding(None, None)
+
+
+@pytest.mark.parametrize("gone", [BARE, GPU, SOUND], ids=str)
+def test_an_attach_is_carried_on_without_what_is_gone(quick_path: Path, gone: PciAddress) -> None:
+    kernel = emulated_host(quick_path / "machine")
+    state = quick_path / "state"
+    home = {address: kernel.binding(address) for address in (BARE, GPU, SOUND)}
+    assert not run_and_die(kernel, state, decide_detach(kernel, state))
+    assert run_and_die(kernel, state, decide_attach(kernel, state), at=1)
+    (kernel.root / f"sys/bus/pci/devices/{gone}").unlink()
+    recover_all(kernel, state)
+    del home[gone]
+    assert {address: kernel.binding(address) for address in home} == home
+    assert read_ledger(state).unfinished == ()
+    assert read_ledger(state).loans == {}
+
+
+def test_an_attach_carried_on_ends_though_a_function_stays(quick_path: Path) -> None:
+    kernel = emulated_host(quick_path / "machine")
+    state = quick_path / "state"
+    at_home = kernel.tree()
+    assert not run_and_die(kernel, state, decide_detach(kernel, state))
+    assert run_and_die(kernel, state, decide_attach(kernel, state), at=1)
+    # The first of all, so that the others are only reached by going on.
+    kernel.faults = [Fault("unbind", str(BARE), errno.EBUSY)]
+    with pytest.raises(Failed, match="EBUSY") as error:
+        recover_all(kernel, state)
+    assert "what is not back is still on loan" in error.value.details
+    assert kernel.binding(GPU) == DriverBinding("bochs-drm", None)
+    assert kernel.binding(SOUND) == DriverBinding("snd_hda_intel", None)
+    # No other verb is held up by it, and attach tries again.
+    assert read_ledger(state).unfinished == ()
+    assert set(read_ledger(state).loans) == {BARE}
+    kernel.faults = []
+    assert not run_and_die(kernel, state, decide_attach(kernel, state))
+    assert kernel.tree() == at_home
     assert read_ledger(state).loans == {}
 
 

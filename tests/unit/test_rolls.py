@@ -71,7 +71,7 @@ def test_a_whole_roll_is_read(tmp_path: Path) -> None:
         ),
         (
             GOOD + "jobs:\n- {name: a, summary: b, command: [a], deadline: soon}\n",
-            "jobs[0].deadline is 'soon'",
+            "deadline of job a is 'soon'",
             "4:49",
         ),
         (
@@ -100,6 +100,7 @@ def test_a_variant_is_its_roll_with_another_lock(tmp_path: Path) -> None:
         "mine": ("mine", "a.lock"),
         "mine=cuda": ("mine", "b.lock"),
     }
+    assert found["mine=cuda"].summary == f"{found['mine'].summary} (variant cuda)"
 
 
 def test_a_variant_whose_lock_is_not_there_is_refused(tmp_path: Path) -> None:

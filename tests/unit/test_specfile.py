@@ -72,10 +72,15 @@ def test_network_may_be_left_out() -> None:
         ("spark, classifier", "spark, spark", "2:16", "a second time"),
         ("spark, classifier", "slurm, spark", "2:9", "unknown roll 'slurm'"),
         ("cpus: 2, memory: 2560 MiB", "cpus: two, memory: 2560 MiB", "5:44", "a whole number"),
-        ("cpus: 2, memory: 2560 MiB", "cpus: 0, memory: 2560 MiB", "5:44", "nodes[0].cpus is 0"),
+        (
+            "cpus: 2, memory: 2560 MiB",
+            "cpus: 0, memory: 2560 MiB",
+            "5:44",
+            "cpus of node frontend is 0",
+        ),
         ("2560 MiB", "2560 MB", "5:55", "did you mean 2560 MiB"),
         ("2560 MiB", "2560", "5:55", "write 2560 MiB"),
-        ("2560 MiB", "lots", "5:55", "not an amount of memory"),
+        ("2560 MiB", "lots", "5:55", "'lots' is not a size"),
         ("2560 MiB", "1 MiB", "5:55", "64 MiB to"),
         ("2560 MiB", "999999.5 KiB", "5:55", "whole MiB"),
         ("2560 MiB", "[1]", "5:55", "a list"),
@@ -107,12 +112,26 @@ def test_network_may_be_left_out() -> None:
         ("gpus: 1", 'gpus: ["a b"]', "12:69", "names no GPU"),
         ("nodes:\n", "nodes: 3\nx:\n", "5:1", "unknown key 'x'"),
         ("rolls: [spark, classifier]", "rolls: spark", "2:8", "expected a list"),
+        ("rolls: [spark, classifier]", "rolls:", "2:7", "rolls is empty"),
+        ("rolls: [spark, classifier]\n", "", "1:1", "expected a line `rolls: …` here"),
+        ("subnet: 10", "x: 10", "3:11", "expected only subnet"),
+        ("spark, classifier", "spark, gpupt", "2:16", "not for nodes"),
+        ("spark, classifier", "spark, gpupt", "2:16", "(gpupt: what a host is made of)"),
+        ("    cpus: 2", "    cpus: 1.5", "8:11", "cpus of node compute-0 is 1.5"),
+        ("    cpus: 2", "    cpus: '2'", "8:11", "cpus of node compute-0 is '2'"),
+        ("disk: 20 GiB", "disk: big", "10:11", "'big' is not a size"),
+        ("name: compute-0\n    ", "", "6:5", "in item 2 of nodes"),
     ],
 )
 def test_each_mistake_is_placed(old: str, new: str, place: str, words: str) -> None:
     assert old in GOOD
     with pytest.raises(BadInput) as caught:
-        parse_specfile(GOOD.replace(old, new, 1), file="c.yaml", known_rolls=ROLLS)
+        parse_specfile(
+            GOOD.replace(old, new, 1),
+            file="c.yaml",
+            known_rolls=[*ROLLS, "gpupt"],
+            host_rolls={"gpupt": "what a host is made of"},
+        )
     said = str(caught.value)
     assert f"at c.yaml:{place}" in said, said
     assert words in said, said
@@ -123,6 +142,28 @@ def test_each_mistake_is_placed(old: str, new: str, place: str, words: str) -> N
 def test_what_is_no_spec_at_all(text: str) -> None:
     with pytest.raises(BadInput):
         parse_specfile(text, file="c.yaml", known_rolls=ROLLS)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "it is a folder, not a file"),
+        (b"cluster: \xff", "its byte 10 is none of UTF-8's"),
+        (GOOD.encode() + b"---\ncluster: two\n", "a second document begins here"),
+    ],
+)
+def test_what_cannot_be_read_is_said_in_words(
+    tmp_path: Path, content: bytes | None, words: str
+) -> None:
+    file = tmp_path / "c.yaml"
+    if content is None:
+        file.mkdir()
+    else:
+        file.write_bytes(content)
+    with pytest.raises(BadInput) as caught:
+        read_specfile(file, known_rolls=ROLLS)
+    assert words in str(caught.value)
+    assert "Errno" not in str(caught.value)
 
 
 def test_subnet_too_small_for_the_nodes() -> None:
