@@ -77,6 +77,25 @@ class EraseLoan:
 
 
 @dataclass(frozen=True, slots=True)
+class PersistLoan:
+    """Have a loan outlive a reboot: write the udev rule that takes the GPU again at boot,
+    where ``before`` was (None: no rule)."""
+
+    gpu: PciAddress
+    rule: str
+    before: str | None
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class UnpersistLoan:
+    """Remove the udev rule that takes a GPU at boot."""
+
+    gpu: PciAddress
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class BakeImage:
     """Bake the rolls into a bootable image; ``digest`` is what the result will be called."""
 
@@ -162,6 +181,53 @@ class AwaitRoll:
     why: str
 
 
+@dataclass(frozen=True, slots=True)
+class WriteFile:
+    """Make a file of the host's configuration hold ``text``, where ``prior`` was (None: no
+    such file)."""
+
+    path: str
+    text: str
+    prior: str | None
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveFile:
+    """Take a WriteFile back: ``prior`` again in the place of ``text``, or no file."""
+
+    path: str
+    text: str
+    prior: str | None
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class SetKernelLine:
+    """Have the kernel booted with ``words`` from the next boot on: write ``file`` if there is
+    one, run the boot loader's own ``commands``, see that every entry has the words.
+
+    ``back`` are the commands that take them out, once ``file`` is back as it was."""
+
+    tool: str
+    words: tuple[str, ...]
+    file: WriteFile | None
+    commands: tuple[tuple[str, ...], ...]
+    back: tuple[tuple[str, ...], ...]
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class UnsetKernelLine:
+    """Take a SetKernelLine back."""
+
+    tool: str
+    words: tuple[str, ...]
+    file: RemoveFile | None
+    commands: tuple[tuple[str, ...], ...]
+    why: str
+
+
 Action: TypeAlias = (
     BindFunction
     | ReleaseFunction
@@ -169,6 +235,8 @@ Action: TypeAlias = (
     | LendGpu
     | ReturnGpu
     | EraseLoan
+    | PersistLoan
+    | UnpersistLoan
     | BakeImage
     | MakeCluster
     | RemoveCluster
@@ -178,6 +246,10 @@ Action: TypeAlias = (
     | StopNode
     | AwaitNode
     | AwaitRoll
+    | WriteFile
+    | RemoveFile
+    | SetKernelLine
+    | UnsetKernelLine
 )
 
 
@@ -226,6 +298,8 @@ def subject_of(action: Action) -> str:
             return str(action.address)
         case RecordLoan() | LendGpu() | ReturnGpu() | EraseLoan():
             return str(action.gpu)
+        case PersistLoan() | UnpersistLoan():
+            return str(action.gpu)
         case BakeImage():
             return "+".join(action.rolls)
         case MakeCluster() | StartNetwork():
@@ -238,3 +312,7 @@ def subject_of(action: Action) -> str:
             return f"{action.cluster}/{action.node}"
         case AwaitRoll():
             return f"{action.cluster}/{action.roll}"
+        case WriteFile() | RemoveFile():
+            return action.path
+        case SetKernelLine() | UnsetKernelLine():
+            return action.tool
