@@ -16,12 +16,15 @@ from gpupt.actions import (
     EraseLoan,
     JournalEntry,
     LendGpu,
+    PersistLoan,
     RecordLoan,
     ReleaseFunction,
     ReturnGpu,
+    UnpersistLoan,
 )
 from gpupt.apply.world import World
 from gpupt.decide.inverse import identities_in, inverse
+from gpupt.edges.bootrules import remove_rule, write_rule
 from gpupt.edges.kernel import Kernel
 from gpupt.errors import Failed
 from gpupt.model.gpus import is_another_card
@@ -29,7 +32,14 @@ from gpupt.model.host import Loan
 from gpupt.model.pci import DriverBinding, PciAddress
 
 HostAction: TypeAlias = (
-    BindFunction | ReleaseFunction | RecordLoan | LendGpu | ReturnGpu | EraseLoan
+    BindFunction
+    | ReleaseFunction
+    | RecordLoan
+    | LendGpu
+    | ReturnGpu
+    | EraseLoan
+    | PersistLoan
+    | UnpersistLoan
 )
 
 
@@ -59,6 +69,10 @@ def perform(action: Action, world: World) -> None:
                 world.journal.record(replace(known, cluster=cluster, node=None))
         case EraseLoan(gpu=gpu):
             erase_loan(gpu, world)
+        case PersistLoan(gpu=gpu, rule=rule):
+            write_rule(world.kernel.root, gpu, rule)
+        case UnpersistLoan(gpu=gpu):
+            remove_rule(world.kernel.root, gpu)
         case _:
             raise TypeError(f"{type(action).__name__} is not the host's")
 

@@ -15,6 +15,7 @@ from gpupt.cli.context import Settings, changing, common, consent, plan_json, re
 from gpupt.cli.naming import named_gpu
 from gpupt.decide.binding import Loans, Preflight, choose_all, plan_attach, plan_detach
 from gpupt.decide.viability import closure
+from gpupt.edges.bootrules import read_boot_rules
 from gpupt.edges.holders import read_holders, vfio_to_be_had
 from gpupt.edges.journal import Journal, read_ledger
 from gpupt.edges.kernel import Kernel
@@ -28,6 +29,7 @@ from gpupt.model.pci import PciAddress
 @click.argument("gpus", nargs=-1, metavar="GPU...")
 @click.option("--all", "everything", is_flag=True, help="Every GPU that can be taken.")
 @click.option("--boot-gpu", is_flag=True, help="Allow the GPU of the boot display too.")
+@click.option("--persist", is_flag=True, help="Keep them detached over reboots.")
 @changing
 @common
 def detach(
@@ -36,6 +38,7 @@ def detach(
     gpus: tuple[str, ...],
     everything: bool,
     boot_gpu: bool,
+    persist: bool,
     dry_run: bool,
     yes: bool,
 ) -> None:
@@ -46,11 +49,16 @@ def detach(
     Refused (exit 3, nothing touched) when a disk or network card of the host would go
     along, when a process holds the GPU, or when it is the boot display.
 
+    A reboot gives the GPUs back to the host's drivers.  With --persist a udev rule takes them
+    again at boot, each only in the slot where it is and while it is the same card;
+    `gpupt attach` removes the rule.  Give it for GPUs that are detached already, too.
+
     \b
     Examples:
       gpupt detach 41:00.0 --dry-run      show what would be done
       gpupt detach 41:00.0 42:00.0        take two GPUs
       gpupt detach --all --yes            take all that can be taken, without asking
+      gpupt detach --persist 41:00.0      take it, and again at every boot
     """
     require_one_of(gpus, everything, verb="detach", remedy="gpupt list shows them")
     wanted = tuple(named_gpu(text, state=settings.state) for text in gpus)
@@ -65,7 +73,13 @@ def detach(
             say_once(settings, said, (f"leaving {address}: {why}" for address, why in left))
             if not chosen:
                 raise none_left(left)
-        return plan_detach(host, gpus=chosen, loans=ledger.loans, preflight=preflight)
+        return plan_detach(
+            host,
+            gpus=chosen,
+            loans=ledger.loans,
+            preflight=preflight,
+            persist=read_boot_rules(settings.root, host.devices) if persist else None,
+        )
 
     change(settings, decide, dry_run=dry_run, yes=yes)
 
@@ -82,6 +96,7 @@ def attach(
 
     Every function returns to the driver and the driver_override recorded when it was
     detached, and that is verified.  A GPU that a node has is refused: take its cluster down.
+    What was detached with --persist is not taken at boot any more.
 
     \b
     Examples:
@@ -98,7 +113,8 @@ def attach(
         if everything:
             chosen, staying = free_loans(ledger.loans)
             say_once(settings, said, staying)
-        return plan_attach(host, gpus=chosen, loans=ledger.loans)
+        boot = read_boot_rules(settings.root)
+        return plan_attach(host, gpus=chosen, loans=ledger.loans, boot=boot)
 
     change(settings, decide, dry_run=dry_run, yes=yes)
 
@@ -209,7 +225,8 @@ def recover(settings: Settings, *, dry_run: bool, yes: bool) -> None:
 
     A detach or an up that did not come to its end is undone in reverse; an attach or a down
     is carried on.  Overrides to vfio-pci that no loan knows and no process uses are cleared,
-    and loans whose card was exchanged for another are forgotten.
+    udev rules of `detach --persist` that no loan knows are removed, and loans whose card was
+    exchanged for another are forgotten.
     May be cut short itself, and run again.
 
     \b
@@ -221,6 +238,7 @@ def recover(settings: Settings, *, dry_run: bool, yes: bool) -> None:
     from gpupt.apply.recover import recover as recover_run
     from gpupt.decide.binding import plan_forget, plan_release
     from gpupt.decide.inverse import plan_recovery
+    from gpupt.decide.persistence import plan_stray_rules
 
     def decide(host: Host, ledger: Ledger) -> tuple[Plan, list[Plan]]:
         plans = [
@@ -229,8 +247,10 @@ def recover(settings: Settings, *, dry_run: bool, yes: bool) -> None:
         ]
         reader = Reader(settings.root)
         holders = read_holders(reader, host, host.devices)
+        boot = read_boot_rules(settings.root)
         left = [
-            plan_forget(host, loans=ledger.loans),
+            plan_forget(host, loans=ledger.loans, boot=boot),
+            plan_stray_rules(ledger, boot=boot),
             plan_release(host, ledger=ledger, holders=holders),
         ]
         subject = "; ".join(plan.subject for plan in [*plans, *left] if plan.actions)

@@ -374,9 +374,11 @@ def read_back(
 ) -> tuple[list[Return], bool | None]:
     """Where every function of the cluster's GPUs is now, and whether all are where they came
     from and no loan is left (None: they were to stay detached, or no loan says where they
-    came from)."""
+    came from).  Nothing is said of persistent ones, which stay detached."""
+    stays = around.persistent & set(lent)
+    lent = {gpu: loan for gpu, loan in lent.items() if gpu not in stays}
     if not lent:
-        return [], None if keep_detached or unrecorded else True
+        return [], None if keep_detached or unrecorded or stays else True
     # Overrides of companions are read with the whole host only.
     now = read_host(settings.root, whole=True).devices
     returns = [

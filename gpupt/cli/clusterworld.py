@@ -19,6 +19,7 @@ from gpupt.decide.cluster import Surroundings, require_names, require_unchanged
 from gpupt.decide.layers import Stack, is_hosts, plan_stack
 from gpupt.decide.sizing import assess_size
 from gpupt.edges.bake import bake_image, check_machine, read_ground
+from gpupt.edges.bootrules import read_persistent
 from gpupt.edges.clusterfolder import ClusterFolder
 from gpupt.edges.hypervisor import Hypervisor
 from gpupt.edges.images import find_image
@@ -85,6 +86,7 @@ def look_around(
         has_folder=folder.exists,
         folder=None if record is None else record.allocation,
         preflight=preflight or Preflight(),
+        persistent=read_persistent(settings.root),
     )
 
 

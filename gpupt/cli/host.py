@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from gpupt.cli.context import Settings, common
+from gpupt.edges.bootrules import read_persistent
 from gpupt.edges.pciids import read_names, with_names
 from gpupt.edges.sysfs import read_host
 from gpupt.errors import Failed
@@ -51,8 +52,9 @@ def list_gpus(settings: Settings) -> None:
     """Show the GPUs, who has each, and their IOMMU groups.
 
     STATE is host (a driver of the host has it), driverless, detached (on vfio-pci, lent to
-    nobody), lent (a node has it) or lost (fallen off the bus).  GROUP is the IOMMU group,
-    and how many other functions leave the host with the GPU.
+    nobody), lent (a node has it) or lost (fallen off the bus); with "persistent" where
+    `detach --persist` has it taken again at boot.  GROUP is the IOMMU group, and how many
+    other functions leave the host with the GPU.
 
     \b
     Examples:
@@ -62,14 +64,17 @@ def list_gpus(settings: Settings) -> None:
     """
     host = with_names(read_host(settings.root), settings.root)
     loans = known_loans(settings)
+    persistent = read_persistent(settings.root)
     if settings.as_json:
         from gpupt.report.hostjson import list_json
 
-        settings.emit(list_json(host, loans))
+        settings.emit(list_json(host, loans, persistent=persistent))
         return
     from gpupt.report.tables import gpu_table
 
-    for line in gpu_table(host, loans, colour=terminal_colour(), width=terminal_width()):
+    for line in gpu_table(
+        host, loans, persistent=persistent, colour=terminal_colour(), width=terminal_width()
+    ):
         click.echo(line)
 
 
@@ -78,9 +83,10 @@ def list_gpus(settings: Settings) -> None:
 def status(settings: Settings) -> None:
     """Show who has what, and what is unfinished.
 
-    Loans (GPUs taken from the host, and which node has each), runs that a crash cut short,
-    and driver overrides.  Exit 0 whatever is found; JSON has the same under loans,
-    unfinished and overrides.
+    Loans (GPUs taken from the host, and which node has each; persistent: over reboots too),
+    runs that a crash cut short, driver overrides, and udev rules of ours that no loan
+    explains.  Exit 0 whatever is found; JSON has the same under loans, unfinished, overrides
+    and boot_rules.
 
     \b
     Examples:
@@ -93,10 +99,11 @@ def status(settings: Settings) -> None:
 
     host = read_host(settings.root, whole=True)
     ledger = read_ledger(settings.state)
+    persistent = read_persistent(settings.root)
     if settings.as_json:
-        settings.emit(status_json(host, ledger))
+        settings.emit(status_json(host, ledger, persistent=persistent))
         return
-    for line in status_lines(host, ledger, colour=terminal_colour()):
+    for line in status_lines(host, ledger, persistent=persistent, colour=terminal_colour()):
         click.echo(line)
 
 
@@ -126,10 +133,19 @@ def info(settings: Settings, *, gpu: str) -> None:
         host, found, loans=loans, preflight=read_preflight(settings, host, boot_gpu=False)
     )
     functions = closure(host, found)
+    persistent = read_persistent(settings.root)
     if settings.as_json:
         from gpupt.report.hostjson import info_json
 
-        settings.emit(info_json(found, host=host, loans=loans, leaving=functions, reasons=reasons))
+        data = info_json(
+            found,
+            host=host,
+            loans=loans,
+            leaving=functions,
+            reasons=reasons,
+            persistent=persistent,
+        )
+        settings.emit(data)
         return
     from gpupt.report.card import info_lines
 
@@ -141,6 +157,7 @@ def info(settings: Settings, *, gpu: str) -> None:
         leaving=functions,
         reasons=reasons,
         names=names,
+        persistent=found.address in persistent,
         colour=terminal_colour(),
     ):
         click.echo(line)

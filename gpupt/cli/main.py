@@ -20,6 +20,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "info": ("host:info", "Explain one GPU and its IOMMU group."),
     "status": ("host:status", "Show who has what, and what is unfinished."),
     "doctor": ("doctor:doctor", "Diagnose what would keep this host from lending GPUs."),
+    "host": ("prepare:host", "Prepare this host to lend GPUs, and take that back."),
     "detach": ("binding:detach", "Take GPUs from the host, for guests."),
     "attach": ("binding:attach", "Give GPUs back to the host, to the drivers they came from."),
     "recover": ("binding:recover", "Finish or undo what a crash cut short."),

@@ -5,12 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from gpupt.actions import Action, BindFunction, EraseLoan, Ledger, Plan, RecordLoan, ReleaseFunction
+from gpupt.actions import (
+    Action,
+    BindFunction,
+    EraseLoan,
+    Ledger,
+    Plan,
+    RecordLoan,
+    ReleaseFunction,
+    UnpersistLoan,
+)
+from gpupt.decide.persistence import persisting, unpersisting
 from gpupt.decide.viability import assess_lending, closure, moved_functions
 from gpupt.errors import BadInput, Refused
 from gpupt.model.gpus import VFIO, identity_of
 from gpupt.model.host import FunctionOrigin, Gpu, Holder, Host, Loan
 from gpupt.model.pci import PciAddress, PciDevice
+from gpupt.model.persistence import BootRules
 
 Loans = Mapping[PciAddress, Loan]
 
@@ -26,9 +37,15 @@ class Preflight:
 
 
 def plan_detach(
-    host: Host, *, gpus: Sequence[PciAddress], loans: Loans, preflight: Preflight
+    host: Host,
+    *,
+    gpus: Sequence[PciAddress],
+    loans: Loans,
+    preflight: Preflight,
+    persist: BootRules | None = None,
 ) -> Plan:
-    """Take GPUs from the host: each with its whole group and all functions of its slot.
+    """Take GPUs from the host: each with its whole group and all functions of its slot; with
+    ``persist`` for the boots to come too.
 
     Raises Refused with every reason when one of them cannot be lent; BadInput when it is
     no GPU of this host.
@@ -51,6 +68,7 @@ def plan_detach(
     known = {o.address: o for loan in loans.values() for o in loan.origins}
     actions: list[Action] = []
     moved: set[PciAddress] = set()
+    lasting: dict[PciAddress, tuple[FunctionOrigin, ...]] = {}
     for gpu in wanted:
         functions = closure(host, gpu)
         if gpu.address not in loans:
@@ -62,6 +80,9 @@ def plan_detach(
             origins = tuple(known[address] for address in functions)
             why = "note where each function came from, before the first write"
             actions.append(RecordLoan(gpu.address, origins, why=why))
+            lasting[gpu.address] = origins
+        else:
+            lasting[gpu.address] = loans[gpu.address].origins
         # Companions first: the sound function leans on the GPU's power.
         for address in sorted(functions, key=lambda a: (a == gpu.address, a)):
             device = host.devices[address]
@@ -77,6 +98,9 @@ def plan_detach(
                         + why_taken(gpu, address),
                     )
                 )
+    if persist is not None:
+        # Last, so that no boot takes a card that could not be taken now.
+        actions += persisting(lasting, boot=persist)
     return Plan("detach", " ".join(str(gpu.address) for gpu in wanted), tuple(actions))
 
 
@@ -89,8 +113,11 @@ def why_taken(gpu: Gpu, address: PciAddress) -> str:
     return f"in one IOMMU group with {gpu.address}: only whole groups can be lent"
 
 
-def plan_attach(host: Host, *, gpus: Sequence[PciAddress], loans: Loans) -> Plan:
-    """Give GPUs back to the host, each function to the driver recorded in its loan.
+def plan_attach(
+    host: Host, *, gpus: Sequence[PciAddress], loans: Loans, boot: BootRules | None = None
+) -> Plan:
+    """Give GPUs back to the host, each function to the driver recorded in its loan; those that
+    ``boot`` takes at boot are not taken any more.
 
     A GPU without a loan is at home already.  Raises Refused for a GPU that is lent to a node
     or whose address now holds another card; BadInput when it is no GPU of this host.
@@ -107,7 +134,8 @@ def plan_attach(host: Host, *, gpus: Sequence[PciAddress], loans: Loans) -> Plan
         if loan not in returning
         for origin in loan.origins
     }
-    actions: list[Action] = []
+    # First, so that a boot from here on can only lead home.
+    actions = unpersisting(set(gpus), boot=boot or BootRules())
     moved: set[PciAddress] = set()
     for loan in returning:
         for origin in sorted(loan.origins, key=lambda o: (o.address != loan.gpu, o.address)):
@@ -203,13 +231,16 @@ def plan_release(
     )
 
 
-def plan_forget(host: Host, *, loans: Loans) -> Plan:
+def plan_forget(host: Host, *, loans: Loans, boot: BootRules | None = None) -> Plan:
     """End the loans whose GPU is another card now: what is left of them returns home."""
     actions: list[Action] = []
     for loan in loans.values():
         moved = {line.split()[0] for line in moved_functions(host, loan)}
         if loan.node is not None or str(loan.gpu) not in moved:
             continue
+        if boot is not None and loan.gpu in boot.rules:
+            why = "the card that it is for is not there any more"
+            actions.append(UnpersistLoan(loan.gpu, why=why))
         for origin in loan.origins:
             device = host.devices.get(origin.address)
             if device is None or str(origin.address) in moved or device.binding == origin.binding:

@@ -46,7 +46,7 @@ class Surroundings:
 
     ``folder`` is what the cluster's folder records, ``has_folder`` whether there is one at
     all; ``image`` the digest of the image the nodes are to boot, ``has_image`` whether it
-    is baked."""
+    is baked.  ``persistent`` GPUs are detached for good, until `attach`."""
 
     host: Host
     loans: Mapping[PciAddress, Loan]
@@ -57,6 +57,7 @@ class Surroundings:
     image: str = ""
     has_image: bool = False
     preflight: Preflight = field(default_factory=Preflight)
+    persistent: frozenset[PciAddress] = frozenset()
 
 
 def plan_up(
@@ -116,7 +117,7 @@ def plan_down(
     cluster: str, *, around: Surroundings, keep_detached: bool = False
 ) -> tuple[Plan, tuple[Finding, ...]]:
     """End the cluster's nodes and network, and give its GPUs back to the host's drivers
-    (``keep_detached``: leave them ready for the next cluster)."""
+    (``keep_detached``: leave them ready for the next cluster; persistent ones stay so)."""
     members = [
         domain
         for domain in around.domains
@@ -137,11 +138,14 @@ def plan_down(
     lent = {gpu: loan for gpu, loan in around.loans.items() if loan.cluster == cluster}
     for gpu, loan in lent.items():
         # What an earlier `down` could not bring home is nobody's already.
-        if loan.node is not None:
-            actions.append(ReturnGpu(gpu, why=f"{loan.node} is gone", cluster=cluster))
+        stays = gpu in around.persistent
+        if loan.node is not None or stays:
+            why = f"{loan.node or cluster} is gone" + (", and it stays detached" if stays else "")
+            actions.append(ReturnGpu(gpu, why=why, cluster=None if stays else cluster))
     findings: list[Finding] = []
     if not keep_detached:
-        given, findings = give_back(lent, around=around)
+        home = {gpu: loan for gpu, loan in lent.items() if gpu not in around.persistent}
+        given, findings = give_back(home, around=around)
         actions += given
     named = {
         gpu for domain in members if domain.membership is not None for gpu in domain.membership.gpus

@@ -12,6 +12,7 @@ from gpupt.actions import (
     JournalEntry,
     LendGpu,
     MakeCluster,
+    PersistLoan,
     Plan,
     RecordLoan,
     RemoveCluster,
@@ -21,6 +22,7 @@ from gpupt.actions import (
     StartNode,
     StopNetwork,
     StopNode,
+    UnpersistLoan,
 )
 from gpupt.model.gpus import identity_of, is_another_card
 from gpupt.model.host import FunctionOrigin, Host, Loan
@@ -47,6 +49,10 @@ def inverse(entry: JournalEntry) -> Action | None:
             )
         case RecordLoan(gpu=gpu):
             return EraseLoan(gpu, why="the loan did not come about")
+        case PersistLoan(gpu=gpu, before=None):
+            return UnpersistLoan(gpu, why="the loan did not come about")
+        case PersistLoan(gpu=gpu, rule=rule, before=str() as before):
+            return PersistLoan(gpu, before, rule, why="back to the rule that was there")
         case LendGpu(gpu=gpu, cluster=cluster):
             return ReturnGpu(gpu, why=f"{cluster} did not come about")
         case MakeCluster(allocation=allocation):

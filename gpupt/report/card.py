@@ -39,6 +39,7 @@ def info_lines(
     leaving: Sequence[PciAddress],
     reasons: Sequence[Finding],
     names: Mapping[PciId, str],
+    persistent: bool = False,
     colour: bool,
 ) -> list[str]:
     """What it is, what leaves the host with it, and whether it can be detached now."""
@@ -50,6 +51,7 @@ def info_lines(
         said = f"lent to {loan.cluster}/{loan.node}"
     facts = [
         ("state", paint(said, state.value, colour=colour)),
+        ("at boot", "taken again by a udev rule of gpupt's" if persistent else ""),
         ("driver", driver_of(device)),
         ("id", f"{device.id}" + (f"  subsystem {device.subsystem}" if device.subsystem else "")),
         ("class", f"{device.class_code:06x} {class_name(device.class_code)}"),

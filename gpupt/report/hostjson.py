@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gpupt.model.gpus import state_of
@@ -16,13 +16,20 @@ if TYPE_CHECKING:
 Loans = Mapping[PciAddress, Loan]
 
 
-def list_json(host: Host, loans: Loans) -> dict[str, Any]:
+def list_json(
+    host: Host, loans: Loans, *, persistent: Collection[PciAddress] = ()
+) -> dict[str, Any]:
     """``gpupt list --json``."""
-    return {"gpus": [gpu_json(gpu, host=host, loans=loans) for gpu in host.gpus]}
+    return {
+        "gpus": [gpu_json(gpu, host=host, loans=loans, persistent=persistent) for gpu in host.gpus]
+    }
 
 
-def gpu_json(gpu: Gpu, *, host: Host, loans: Loans) -> dict[str, Any]:
-    """One GPU; ids are lower-case hex without 0x, sizes are bytes, speeds GT/s."""
+def gpu_json(
+    gpu: Gpu, *, host: Host, loans: Loans, persistent: Collection[PciAddress] = ()
+) -> dict[str, Any]:
+    """One GPU; ids are lower-case hex without 0x, sizes are bytes, speeds GT/s; persistent:
+    taken again at boot."""
     device = gpu.device
     loan = loans.get(gpu.address)
     group = host.groups.get(-1 if device.iommu_group is None else device.iommu_group)
@@ -58,6 +65,7 @@ def gpu_json(gpu: Gpu, *, host: Host, loans: Loans) -> dict[str, Any]:
         "reset_methods": None if device.reset_methods is None else list(device.reset_methods),
         "state": state_of(gpu, loan).value,
         "lease": {"cluster": loan.cluster, "node": loan.node} if loan and lease else None,
+        "persistent": gpu.address in persistent,
     }
 
 
@@ -73,10 +81,15 @@ def finding_json(finding: Finding) -> dict[str, Any]:
     }
 
 
-def status_json(host: Host, ledger: Ledger) -> dict[str, Any]:
+def status_json(
+    host: Host, ledger: Ledger, *, persistent: Collection[PciAddress] = ()
+) -> dict[str, Any]:
     """``gpupt status --json``."""
     return {
-        "loans": [loan_json(loan, host=host) for loan in ledger.loans.values()],
+        "loans": [
+            loan_json(loan, host=host, persistent=loan.gpu in persistent)
+            for loan in ledger.loans.values()
+        ],
         "unfinished": [
             {
                 "verb": run.plan.verb,
@@ -96,15 +109,19 @@ def status_json(host: Host, ledger: Ledger) -> dict[str, Any]:
             for device in host.devices.values()
             if device.binding.override
         ],
+        "boot_rules": [
+            {"gpu": str(gpu), "loan": gpu in ledger.loans} for gpu in sorted(persistent)
+        ],
     }
 
 
-def loan_json(loan: Loan, *, host: Host) -> dict[str, Any]:
+def loan_json(loan: Loan, *, host: Host, persistent: bool) -> dict[str, Any]:
     """One loan: where each function came from, and where it is now."""
     return {
         "gpu": str(loan.gpu),
         "cluster": loan.cluster,
         "node": loan.node,
+        "persistent": persistent,
         "functions": [
             {
                 "address": str(origin.address),
@@ -135,10 +152,11 @@ def info_json(
     loans: Loans,
     leaving: Sequence[PciAddress],
     reasons: Sequence[Finding],
+    persistent: Collection[PciAddress] = (),
 ) -> dict[str, Any]:
     """``gpupt info --json``: the GPU as in ``list``, what leaves with it, and what forbids it."""
     return {
-        "gpu": gpu_json(gpu, host=host, loans=loans),
+        "gpu": gpu_json(gpu, host=host, loans=loans, persistent=persistent),
         "leaving": [
             {
                 "address": str(device.address),

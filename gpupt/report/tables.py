@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -70,12 +70,25 @@ def paint(text: str, name: str, *, colour: bool) -> str:
 
 
 def gpu_table(
-    host: Host, loans: Mapping[PciAddress, Loan], *, colour: bool, width: int | None = None
+    host: Host,
+    loans: Mapping[PciAddress, Loan],
+    *,
+    persistent: Collection[PciAddress] = (),
+    colour: bool,
+    width: int | None = None,
 ) -> list[str]:
     """``gpupt list``: a line for each GPU."""
     if not host.gpus:
         return ["no GPUs on this host"]
-    rows = [gpu_row(gpu, host=host, loan=loans.get(gpu.address)) for gpu in host.gpus]
+    rows = [
+        gpu_row(
+            gpu,
+            host=host,
+            loan=loans.get(gpu.address),
+            persistent=gpu.address in persistent,
+        )
+        for gpu in host.gpus
+    ]
     # A column that says nothing of any card is left out.
     kept = [
         column
@@ -163,13 +176,15 @@ class GpuName:
         return f"{self.sold_as[:left].rstrip()}… {self.notes}".strip() if left > 0 else self.notes
 
 
-def gpu_row(gpu: Gpu, *, host: Host, loan: Loan | None) -> list[Cell]:
+def gpu_row(gpu: Gpu, *, host: Host, loan: Loan | None, persistent: bool = False) -> list[Cell]:
     """A GPU's cells in ``gpupt list``, but for its name."""
     device = gpu.device
     state = state_of(gpu, loan)
     said = state.value
     if state is GpuState.LENT and loan is not None:
         said = f"lent {loan.cluster}/{loan.node}"
+    if persistent:
+        said += ", persistent"
     return [
         Cell(str(device.address)),
         Cell(said, state.value),
@@ -249,9 +264,11 @@ def finding_lines(findings: Sequence[Finding], *, colour: bool) -> list[str]:
     return lines
 
 
-def status_lines(host: Host, ledger: Ledger, *, colour: bool) -> list[str]:
-    """``gpupt status``: loans, unfinished runs, overrides."""
-    lines = loan_lines(host, ledger, colour=colour)
+def status_lines(
+    host: Host, ledger: Ledger, *, persistent: Collection[PciAddress] = (), colour: bool
+) -> list[str]:
+    """``gpupt status``: loans, unfinished runs, overrides, rules that no loan explains."""
+    lines = loan_lines(host, ledger, persistent=persistent, colour=colour)
     for run in ledger.unfinished:
         done = sum(entry.done for entry in run.entries)
         lines += [
@@ -278,26 +295,32 @@ def status_lines(host: Host, ledger: Ledger, *, colour: bool) -> list[str]:
         ]
         lines += ["", "driver overrides that no loan explains:"]
         lines += table(["FUNCTION", "DRIVER", "OVERRIDE"], rows, colour=colour)
+    unexplained = sorted(set(persistent) - set(ledger.loans))
+    if unexplained:
+        named = " ".join(str(gpu) for gpu in unexplained)
+        lines += ["", f"taken at boot, though no loan explains it: {named}", "  → gpupt recover"]
     return lines
 
 
-def loan_lines(host: Host, ledger: Ledger, *, colour: bool) -> list[str]:
+def loan_lines(
+    host: Host, ledger: Ledger, *, persistent: Collection[PciAddress], colour: bool
+) -> list[str]:
     """A line for each function on loan: who has it, and where it returns to."""
     if not ledger.loans:
         return ["no GPU is on loan"]
     rows = []
     for loan in ledger.loans.values():
         lent = loan.node is not None
+        to = f"{loan.cluster}/{loan.node}" if lent else "nobody yet"
+        if loan.gpu in persistent:
+            to += ", persistent"
         for origin in loan.origins:
             device = host.devices.get(origin.address)
             main = origin.address == loan.gpu
             rows.append(
                 [
                     Cell(f"{'' if main else '  '}{origin.address}"),
-                    Cell(
-                        (f"{loan.cluster}/{loan.node}" if lent else "nobody yet") if main else "",
-                        "lent" if lent else "detached",
-                    ),
+                    Cell(to if main else "", "lent" if lent else "detached"),
                     Cell("gone" if device is None else device.binding.driver or "–"),
                     Cell(origin.binding.driver or "no driver"),
                     Cell(str(origin.identity.id), "dim"),

@@ -234,6 +234,16 @@ def test_down_can_leave_the_gpus_detached() -> None:
     assert [a.gpu for a in plan.actions if isinstance(a, ReturnGpu)] == [BARE, GPU]
 
 
+def test_down_leaves_a_persistent_gpu_detached_and_nobodys() -> None:
+    _, around = whole_cluster(HOST, two_gpus())
+    plan, _ = plan_down("herbarium", around=replace(around, persistent=frozenset({BARE})))
+    back = [a.address for a in plan.actions if isinstance(a, BindFunction)]
+    assert back == [GPU, SOUND]
+    assert [a.gpu for a in plan.actions if isinstance(a, EraseLoan)] == [GPU]
+    returned = [(a.gpu, a.cluster) for a in plan.actions if isinstance(a, ReturnGpu)]
+    assert returned == [(BARE, None), (GPU, "herbarium")]
+
+
 def test_second_down_plans_nothing_and_leaves_others_alone() -> None:
     assert plan_down("herbarium", around=FRESH)[0].actions == ()
     _, around = whole_cluster(HOST, two_gpus())

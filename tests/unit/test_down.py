@@ -22,6 +22,7 @@ from gpupt.cli.main import cli
 from gpupt.decide.allocation import allocate
 from gpupt.decide.binding import Preflight, plan_detach
 from gpupt.decide.cluster import Surroundings, plan_down
+from gpupt.edges.bootrules import write_rule
 from gpupt.edges.journal import Journal, read_ledger
 from gpupt.edges.sysfs import read_host
 from gpupt.errors import GpuptError
@@ -149,6 +150,23 @@ def test_what_was_kept_detached_is_not_called_restored(live: Settings, kernel: F
     status, said = down(live)
     assert (status, said and said["changed"], said and said["restored"]) == (0, True, True)
     assert kernel.tree() == before
+
+
+def test_what_is_persistent_stays_detached_and_is_nobodys(
+    live: Settings, kernel: FakeKernel
+) -> None:
+    lend(live, kernel)
+    write_rule(kernel.root, GPU, "# as detach --persist leaves it\n")
+    status, said = down(live)
+    assert (status, said and said["restored"]) == (0, True), "the other one is back"
+    assert kernel.binding(GPU) == DriverBinding("vfio-pci", "vfio-pci")
+    assert kernel.binding(BARE) == DriverBinding(None, None)
+    assert {gpu: (loan.cluster, loan.node) for gpu, loan in loans(live).items()} == {
+        GPU: (None, None)
+    }
+    # Nothing of the cluster is left for a second one to do.
+    assert down(live)[0] == 0
+    assert kernel.binding(GPU) == DriverBinding("vfio-pci", "vfio-pci")
 
 
 def test_another_card_at_the_address_is_not_restored_the_second_time_either(
