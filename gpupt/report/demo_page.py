@@ -21,6 +21,7 @@ from gpupt.model.demo import (
     PhaseStatus,
     TimelineEntry,
 )
+from gpupt.report.card import class_name
 
 COLOURS = 6  # how many nodes have a colour of their own (classes holder-1 … in the style)
 FACTORIAL_OF_10 = 3_628_800
@@ -112,7 +113,7 @@ def render_demo_page(summary: DemoSummary) -> str:
         colours=colours,
         lent=tuple(gpu for gpu in summary.host.gpus if gpu.was_lent),
         kept=tuple(gpu for gpu in summary.host.gpus if not gpu.was_lent),
-        names={str(gpu.address): short_name(gpu.name) for gpu in summary.host.gpus},
+        names={str(gpu.address): short_name(gpu) for gpu in summary.host.gpus},
         confusion=confusion_cells(summary.classifier) if summary.classifier else (),
         measures=measures(summary.classifier) if summary.classifier else (),
         stopped_at=next((e for e in summary.timeline if e.status is PhaseStatus.FAILED), None),
@@ -192,7 +193,7 @@ def draw_function(function: HostFunction, moment: str, *, y: int, colours: dict[
     held = holding(function, moment)
     return Tile(
         y=y,
-        name=shortened(short_name(function.name), 34),
+        name=shortened(short_name(function), 34),
         address=str(function.address),
         id=str(function.id),
         driver=held.driver or (NOT_READ if held == UNREAD else "no driver"),
@@ -218,9 +219,11 @@ def shortened(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
-def short_name(name: str) -> str:
-    """A card's name as pci.ids has it, less what the vendor's is padded with."""
-    return name.replace(" Corporation", "") or "unnamed"
+def short_name(function: HostFunction) -> str:
+    """A function's name as pci.ids has it, less what the vendor's is padded with; what kind
+    of function it is where it has no name."""
+    named = function.name.replace(" Corporation", "")
+    return named or f"{class_name(function.class_code)} function"
 
 
 def short(address: str) -> str:

@@ -10,8 +10,10 @@ from emulatedhost import Host
 pytestmark = pytest.mark.emulated
 GPU, CARD, SOUND = "0000:01:00.0", "0000:02:00.0", "0000:02:00.1"
 RULES = "/etc/udev/rules.d"
+# udev looks for new rules every three seconds only, and would not have seen this one yet.
 TRIGGER = (
-    f"udevadm trigger --action=add /sys/bus/pci/devices/{CARD} /sys/bus/pci/devices/{SOUND};"
+    "udevadm control --reload;"
+    f" udevadm trigger --action=add /sys/bus/pci/devices/{CARD} /sys/bus/pci/devices/{SOUND};"
     " udevadm settle --timeout=60"
 )
 IsHome = Callable[[], None]

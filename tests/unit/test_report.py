@@ -33,7 +33,7 @@ from gpupt.report.demo_json import (
     spark_result,
     summary_json,
 )
-from gpupt.report.demo_page import duration, gib, percent, render_demo_page
+from gpupt.report.demo_page import duration, gib, percent, render_demo_page, short_name
 from gpupt.report.progress import LiveNarration, Narration, narration
 from gpupt.report.tables import GpuName
 
@@ -222,6 +222,12 @@ def test_a_demo_that_failed_proves_nothing() -> None:
     assert "Shown here, for real" in render_demo_page(SUMMARY)
     page = render_demo_page(replace(SUMMARY, ok=False, failure="it broke"))
     assert "Shown here, for real" not in page
+
+
+def test_a_function_without_a_name_is_told_by_its_kind() -> None:
+    sound = HOST_PICTURE.groups[1].functions[1]
+    assert short_name(replace(sound, name="")) == "sound function"
+    assert short_name(sound) == "NVIDIA TU104 HD Audio (emulated)"
 
 
 def test_what_was_not_read_is_not_claimed() -> None:
