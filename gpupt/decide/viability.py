@@ -170,6 +170,14 @@ def about_group(
                 remedy="move the card to another slot; an ACS override would weaken isolation",
             )
     for group in sorted({d.iommu_group for d in functions if d.iommu_group is not None}):
+        if host.groups[group].strangers:
+            yield refusal(
+                "group-not-viable",
+                gpu,
+                "its IOMMU group holds what could not be read",
+                *(f"{name!r} (group {group})" for name in host.groups[group].strangers),
+                remedy="run gpupt as root; if that does not help, it is the kernel's fault",
+            )
         for member in (host.devices[address] for address in host.groups[group].members):
             driver = member.binding.driver
             if not is_endpoint(member) and driver is not None and driver not in HARMLESS:

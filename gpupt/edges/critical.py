@@ -52,10 +52,8 @@ def disks(reader: Reader) -> Iterator[tuple[PciAddress, str]]:
             yield address, "swap is on it"
     if not root_known:
         # Such as ZFS, whose mounts name no device: then no storage controller is taken.
-        for name in reader.names("sys/bus/pci/devices"):
-            code = reader.number(f"sys/bus/pci/devices/{name}/class")
-            if code is not None and code >> 16 == 0x01:
-                yield PciAddress.parse(name), "the disk of / is not known, and this may be it"
+        for address in of_class(reader, 0x01):
+            yield address, "the disk of / is not known, and this may be it"
 
 
 def uplinks(reader: Reader) -> Iterator[tuple[PciAddress, str]]:
@@ -70,48 +68,65 @@ def uplinks(reader: Reader) -> Iterator[tuple[PciAddress, str]]:
         if len(fields) > 9 and fields[0] == "0" * 32 and fields[1] == "00" and fields[9] != "lo":
             interfaces.add(fields[9])
     for interface in sorted(interfaces):
-        for address in under_interface(reader, interface, seen=set()):
+        folder = folder_of(reader, f"sys/class/net/{interface}")
+        # Every interface is a link to its device, a virtual one too.
+        if folder is None or folder.startswith("sys/class/"):
+            for address in of_class(reader, 0x02):
+                yield address, f"the default route leaves by {interface}, and this may be it"
+            continue
+        for address in under_interface(reader, interface):
             yield address, f"the default route leaves by it ({interface})"
 
 
-def under_interface(reader: Reader, interface: str, *, seen: set[str]) -> Iterator[PciAddress]:
+def of_class(reader: Reader, base: int) -> Iterator[PciAddress]:
+    """Every function of a base class: 01 is storage, 02 network."""
+    for address, device in reader.devices().items():
+        if device.class_code >> 16 == base:
+            yield address
+
+
+def under_interface(reader: Reader, interface: str) -> Iterator[PciAddress]:
     """The PCI functions under a network interface and under what it is made of."""
-    if interface in seen:
-        return
-    seen.add(interface)
-    folder = f"sys/class/net/{interface}"
-    yield from last_function(real_path(reader, folder))
-    below = [name[6:] for name in reader.names(folder) if name.startswith("lower_")]
-    for name in [*below, *reader.names(f"{folder}/brif")]:
-        yield from under_interface(reader, name, seen=seen)
+    seen: set[str] = set()
+    waiting = [interface]
+    while waiting:
+        name = waiting.pop()
+        folder = None if name in seen else folder_of(reader, f"sys/class/net/{name}")
+        seen.add(name)
+        if folder is None:
+            continue
+        yield from last_function(folder)
+        waiting += [below[6:] for below in reader.names(folder) if below.startswith("lower_")]
+        waiting += reader.names(f"{folder}/brif")
 
 
 def under_device(reader: Reader, device: str) -> Iterator[PciAddress]:
     """The PCI functions under a node such as /dev/sda2 or /dev/mapper/root."""
     if not device.startswith("/dev/"):
         return
-    for name in dict.fromkeys(
-        (os.path.basename(device), os.path.basename(real_path(reader, device.lstrip("/"))))
-    ):
+    node = reader.real_path(device.lstrip("/")) or device
+    for name in dict.fromkeys((os.path.basename(device), os.path.basename(node))):
         yield from under_block(reader, f"sys/class/block/{name}")
 
 
-def under_block(reader: Reader, folder: str) -> Iterator[PciAddress]:
+def under_block(reader: Reader, path: str) -> Iterator[PciAddress]:
     """The PCI functions under a block device, through partitions, LVM, LUKS and RAID."""
-    path = real_path(reader, folder)
-    if not os.path.isdir(path):
-        return
-    yield from last_function(path)
-    inside = os.path.relpath(path, reader.root)
-    # A partition's slaves are its disk's: the disk is the folder above.
-    for holder in (inside, os.path.dirname(inside)):
-        for name in reader.names(f"{holder}/slaves"):
-            yield from under_block(reader, f"sys/class/block/{name}")
+    seen: set[str] = set()
+    waiting = [path]
+    while waiting:
+        folder = folder_of(reader, waiting.pop())
+        if folder is None or folder in seen:
+            continue
+        seen.add(folder)
+        yield from last_function(folder)
+        # A partition's slaves are its disk's: the disk is the folder above.
+        for holder in (folder, os.path.dirname(folder)):
+            waiting += [f"sys/class/block/{name}" for name in reader.names(f"{holder}/slaves")]
 
 
-def last_function(path: str) -> Iterator[PciAddress]:
+def last_function(folder: str) -> Iterator[PciAddress]:
     """The PCI function nearest to a device, from its path under sys/devices."""
-    for part in reversed(path.split("/")):
+    for part in reversed(folder.split("/")):
         if part.count(":") == 2 and part[-2:-1] == ".":
             try:
                 yield PciAddress.parse(part)
@@ -120,5 +135,7 @@ def last_function(path: str) -> Iterator[PciAddress]:
             return
 
 
-def real_path(reader: Reader, path: str) -> str:
-    return os.path.realpath(reader.root + path)
+def folder_of(reader: Reader, path: str) -> str | None:
+    """The folder of a device, links followed; None where there is none in the tree."""
+    real = reader.real_path(path)
+    return real if real is not None and os.path.isdir(reader.root + real) else None

@@ -25,7 +25,7 @@ def read_holders(
     found: dict[PciAddress, list[Holder]] = {}
     if not owners:
         return {}
-    for pid in sorted(int(name) for name in reader.names("proc") if name.isdigit()):
+    for pid in sorted(int(name) for name in reader.names("proc") if name.isdecimal()):
         if pid == os.getpid():
             continue
         for node in sorted(open_nodes(reader, pid) & owners.keys()):
@@ -54,7 +54,7 @@ def device_nodes(reader: Reader, device: PciDevice) -> set[str]:
     said = reader.text(f"proc/driver/nvidia/gpus/{device.address}/information") or ""
     for line in said.splitlines():
         key, _, value = line.partition(":")
-        if key.strip() == "Device Minor" and value.strip().isdigit():
+        if key.strip() == "Device Minor" and value.strip().isdecimal():
             nodes.add(f"/dev/nvidia{value.strip()}")
     if (device.binding.driver or "").startswith("vfio") and device.iommu_group is not None:
         nodes.add(f"/dev/vfio/{device.iommu_group}")
@@ -65,7 +65,9 @@ def device_nodes(reader: Reader, device: PciDevice) -> set[str]:
 def open_nodes(reader: Reader, pid: int) -> set[str]:
     """The device nodes that a process has open."""
     folder = f"{reader.root}proc/{pid}/fd"
-    found = set()
+    found: set[str] = set()
+    if not reader.is_inside(folder.removeprefix(reader.root)):
+        return found
     try:
         with os.scandir(folder) as entries:
             for entry in entries:

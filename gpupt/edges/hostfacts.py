@@ -170,60 +170,51 @@ def hugepages(reader: Reader) -> dict[int, int]:
     found = {}
     folder = "sys/devices/system/node"
     for name in reader.names(folder):
-        if not (name.startswith("node") and name[4:].isdigit()):
+        if not (name.startswith("node") and name[4:].isdecimal()):
             continue
         total = 0
         for size in reader.names(f"{folder}/{name}/hugepages"):
             count = reader.number(f"{folder}/{name}/hugepages/{size}/nr_hugepages", base=10)
             kilobytes = size.removeprefix("hugepages-").removesuffix("kB")
-            total += (count or 0) * (int(kilobytes) << 10 if kilobytes.isdigit() else 0)
+            total += (count or 0) * (int(kilobytes) << 10 if kilobytes.isdecimal() else 0)
         found[int(name[4:])] = total
     return found
 
 
 def memory_limits(reader: Reader) -> MemoryLimits | None:
     """What this process, and the guests it may start by itself, can lock."""
-    row = next(
-        (
-            line
-            for line in reader.whole("proc/self/limits").splitlines()
-            if line.startswith("Max locked memory")
-        ),
-        None,
-    )
-    if row is None:
+    hard = word_of(reader, "proc/self/limits", row="Max locked memory", word=4)
+    if hard is None or not (hard == "unlimited" or hard.isdecimal()):
         return None
-    hard = row.split()[4]
-    total = next(
-        (
-            int(line.split()[1]) << 10
-            for line in reader.whole("proc/meminfo").splitlines()
-            if line.startswith("MemTotal:")
-        ),
-        None,
-    )
+    total = word_of(reader, "proc/meminfo", row="MemTotal:", word=1)
     return MemoryLimits(
         locked=None if hard == "unlimited" else int(hard),
         as_root=effective_user(reader) == 0,
         dma_entries=reader.number(
             "sys/module/vfio_iommu_type1/parameters/dma_entry_limit", base=10
         ),
-        total=total,
+        total=int(total) << 10 if total is not None and total.isdecimal() else None,
     )
 
 
 def effective_user(reader: Reader) -> int:
     """The effective user of the process that reads, or that recorded the tree; 0 if not told."""
-    for line in reader.whole("proc/self/status").splitlines():
-        if line.startswith("Uid:"):
-            return int(line.split()[2])
-    return 0
+    user = word_of(reader, "proc/self/status", row="Uid:", word=2)
+    return int(user) if user is not None and user.isdecimal() else 0
+
+
+def word_of(reader: Reader, path: str, *, row: str, word: int) -> str | None:
+    """A word of the first line that begins with ``row``; None where there is none."""
+    for line in reader.whole(path).splitlines():
+        if line.startswith(row):
+            return next(iter(line.split()[word:]), None)
+    return None
 
 
 def stuck_unbinds(reader: Reader) -> Iterator[StuckUnbind]:
     """Processes in state D whose kernel stack is inside unbind_store."""
     for name in reader.names("proc"):
-        if not name.isdigit():
+        if not name.isdecimal():
             continue
         # proc_pid_stat(5): PID (command) state …; the command may hold spaces and brackets.
         state = (reader.text(f"proc/{name}/stat") or "").rpartition(")")[2].split()

@@ -103,6 +103,9 @@ class Kernel:
         """The path on this machine; raises BadInput when it leads out of the root's sys/."""
         if path.is_absolute() or ".." in path.parts or path.parts[:1] != ("sys",):
             raise BadInput(f"{path} is not one of the kernel's files")
+        real = self.reader.real_path(str(path))
+        if real is None or not real.startswith("sys/"):
+            raise BadInput(f"{path} leads out of {self.root / 'sys'}, and is not written to")
         return self.root / path
 
 

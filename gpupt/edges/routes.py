@@ -14,16 +14,20 @@ RTF_UP = 0x1
 def read_routes(root: Path) -> tuple[Route, ...] | None:
     """The routes of the main table; None where the tree does not show them."""
     try:
-        lines = (root / "proc/net/route").read_text().splitlines()
+        lines = (root / "proc/net/route").read_text(errors="replace").splitlines()
     except OSError:
         return None
     found = []
     for line in lines[1:]:
         words = line.split()
-        if len(words) < 8 or not int(words[3], 16) & RTF_UP:
+        try:
+            if len(words) < 8 or not int(words[3], 16) & RTF_UP:
+                continue
+            destination, mask = (_address(words[position]) for position in (1, 7))
+            found.append(Route(words[0], IPv4Network(f"{destination}/{mask}", strict=False)))
+        except ValueError:
+            # No row of the kernel's.
             continue
-        destination, mask = (_address(words[position]) for position in (1, 7))
-        found.append(Route(words[0], IPv4Network(f"{destination}/{mask}", strict=False)))
     return tuple(found)
 
 

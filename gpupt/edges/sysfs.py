@@ -1,11 +1,14 @@
 """Reads a host from sysfs alone: little of every function, everything of a GPU's.
 
-Every path derives from one injected root, so a recorded machine is read by the same code.
-What is absent is None; what is denied is named in ``Host.unreadable``.
+Every path derives from one injected root, so a recorded machine is read by the same code,
+and no link in it leads a reading out of it.  What is absent is None; what is denied is named
+in ``Host.unreadable``.
 """
 
 from __future__ import annotations
 
+import errno
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -47,13 +50,13 @@ def read_host(root: Path, *, whole: bool = False) -> Host:
         if whole or is_gpu_class(device.class_code, vendor=device.id.vendor):
             devices[address] = reader.in_full(device)
     gpus = find_gpus(devices)
-    with_gpu = {gpu.device.iommu_group for gpu in gpus}
+    with_gpu = {
+        devices[each].iommu_group for gpu in gpus for each in (gpu.address, *gpu.companions)
+    }
     groups = {
-        number: IommuGroup(
-            number,
-            tuple(addresses),
-            reader.text(f"sys/kernel/iommu_groups/{number}/type") if number in with_gpu else None,
-        )
+        number: reader.group(number, tuple(addresses))
+        if number in with_gpu
+        else IommuGroup(number, tuple(addresses))
         for number, addresses in sorted(members.items())
     }
     return Host(
@@ -76,11 +79,18 @@ def read_critical(reader: Reader) -> tuple[Critical, ...]:
 
 
 class Reader:
-    """Reads small files under one root, and remembers which were denied."""
+    """Reads small files under one root, and remembers which were denied.
+
+    A link that leads out of the tree of another machine is not followed: what is behind it
+    is absent.  On the live machine (root ``/``) there is nothing outside.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = f"{os.fspath(root).rstrip('/')}/"
         self.denied: list[str] = []
+        top = os.path.realpath(self.root)
+        self.top = None if top == "/" else top
+        self.seen_inside: set[str] = set()
 
     def text(self, path: str) -> str | None:
         """A file's text without the white space around it; None: absent or denied."""
@@ -89,12 +99,8 @@ class Reader:
 
     def bytes(self, path: str, *, most: int) -> bytes | None:
         """The first bytes of a file; None: absent or denied."""
-        try:
-            number = os.open(self.root + path, os.O_RDONLY | os.O_CLOEXEC)
-        except PermissionError:
-            self.denied.append("/" + path)
-            return None
-        except OSError:
+        number = self.open(path)
+        if number is None:
             return None
         try:
             return os.read(number, most)
@@ -106,28 +112,88 @@ class Reader:
 
     def whole(self, path: str) -> str:
         """All of a file, such as one of /proc that comes in pieces; empty: absent or denied."""
-        try:
-            with open(self.root + path, "rb") as file:
-                return file.read().decode("utf-8", errors="replace")
-        except PermissionError:
-            self.denied.append("/" + path)
+        number = self.open(path)
+        if number is None:
             return ""
+        try:
+            parts = []
+            while part := os.read(number, 1 << 16):
+                parts.append(part)
+            return b"".join(parts).decode("utf-8", errors="replace")
         except OSError:
             return ""
+        finally:
+            os.close(number)
+
+    def open(self, path: str) -> int | None:
+        """A file of the tree, opened; None: absent, denied, or outside of the tree."""
+        # A pipe that somebody put into a tree is not waited for.
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+        try:
+            if self.top is None:
+                return os.open(self.root + path, flags)
+            if not self.is_inside(path.rpartition("/")[0]):
+                return None
+            try:
+                return os.open(self.root + path, flags | os.O_NOFOLLOW)
+            except OSError as error:
+                if error.errno != errno.ELOOP:
+                    raise
+            real = self.real_path(path)
+            return None if real is None else os.open(f"{self.top}/{real}", flags | os.O_NOFOLLOW)
+        except PermissionError:
+            self.denied.append("/" + path)
+            return None
+        except (OSError, ValueError):
+            # ValueError: a NUL in a name that was read from a file.
+            return None
+
+    def is_inside(self, folder: str) -> bool:
+        """Whether a folder is in the tree, links followed; an absent one is answered by
+        whoever reads in it."""
+        if self.top is None or folder in self.seen_inside:
+            return True
+        try:
+            number = os.open(self.root + folder, os.O_PATH | os.O_CLOEXEC)
+        except (OSError, ValueError):
+            return True
+        try:
+            real = os.readlink(f"/proc/self/fd/{number}")
+        except OSError:
+            real = os.path.realpath(self.root + folder)
+        finally:
+            os.close(number)
+        if real != self.top and not real.startswith(f"{self.top}/"):
+            return False
+        self.seen_inside.add(folder)
+        return True
+
+    def real_path(self, path: str) -> str | None:
+        """The path with its links followed, from the root; None where they lead out of it."""
+        top = self.top or ""
+        try:
+            real = os.path.realpath(self.root + path)
+        except ValueError:
+            return None
+        return real[len(top) + 1 :] if real.startswith(f"{top}/") else None
 
     def names(self, folder: str) -> list[str]:
         """The names in a folder, sorted; none where there is no such folder."""
         try:
-            return sorted(os.listdir(self.root + folder))
-        except OSError:
+            return sorted(os.listdir(self.root + folder)) if self.is_inside(folder) else []
+        except (OSError, ValueError):
             return []
 
     def link(self, path: str) -> str | None:
         """The last part of what a symbolic link points to."""
         try:
-            return os.readlink(self.root + path).rpartition("/")[2]
-        except OSError:
+            if not self.is_inside(path.rpartition("/")[0]):
+                return None
+            name = os.readlink(self.root + path).rstrip("/").rpartition("/")[2]
+        except (OSError, ValueError):
             return None
+        # The kernel's names are ASCII; any other is made fit to print.
+        return name if name.isascii() else os.fsencode(name).decode("utf-8", errors="replace")
 
     def devices(self) -> dict[PciAddress, PciDevice]:
         """Every function in the order of addresses, as far as one file and two links tell."""
@@ -140,13 +206,32 @@ class Reader:
                 details=f"{self.root}{folder}: {error.strerror}",
                 remedy="--root names the folder that holds sys/ and proc/",
             ) from None
-        found = (self.device(f"{folder}/{name}", PciAddress.parse(name)) for name in names)
+        found = (self.device(f"{folder}/{name}", self.address(folder, name)) for name in names)
         return {
             device.address: device
             for device in sorted(
                 (device for device in found if device), key=lambda device: device.address
             )
         }
+
+    def address(self, folder: str, name: str) -> PciAddress:
+        """The address that a folder of the bus is named after; raises BadInput, also for one
+        that leads out of the tree."""
+        address = PciAddress.parse(name)
+        if str(address) != name or not self.is_inside(f"{folder}/{name}"):
+            raise BadInput(
+                f"{name!r} under {self.root}{folder} is no function of this tree",
+                details=f"expected {address}, a link to a folder under {self.root}sys/devices",
+                remedy="record the machine again with gpupt snapshot",
+            )
+        return address
+
+    def group(self, number: int, members: tuple[PciAddress, ...]) -> IommuGroup:
+        """An IOMMU group of these members, and what the group itself says."""
+        folder = f"sys/kernel/iommu_groups/{number}"
+        listed = self.names(f"{folder}/devices")
+        strangers = tuple(name for name in listed if name not in {str(each) for each in members})
+        return IommuGroup(number, members, self.text(f"{folder}/type"), strangers)
 
     def device(self, folder: str, address: PciAddress) -> PciDevice | None:
         """A function's ids, driver and group; None when it left the bus as it was read."""
@@ -173,7 +258,7 @@ class Reader:
             class_code=class_code,
             binding=DriverBinding(self.link(f"{folder}/driver"), None),
             subsystem=subsystem,
-            iommu_group=int(group) if group is not None and group.isdigit() else None,
+            iommu_group=int(group) if group is not None and group.isdecimal() else None,
             # PCI-to-PCI and semi-transparent bridges; host and ISA bridges are endpoints.
             is_bridge=class_code >> 8 in {0x0604, 0x0609},
         )
@@ -182,7 +267,7 @@ class Reader:
         """The function with everything that sysfs says of it."""
         folder = f"sys/bus/pci/devices/{device.address}"
         numa = self.number(f"{folder}/numa_node", base=10)
-        boot_vga = self.number(f"{folder}/boot_vga", base=10)
+        boot_vga = self.text(f"{folder}/boot_vga")
         d3cold = self.number(f"{folder}/d3cold_allowed", base=10)
         resets = self.text(f"{folder}/reset_method")
         physfn = self.link(f"{folder}/physfn")
@@ -191,7 +276,8 @@ class Reader:
             binding=DriverBinding(device.binding.driver, self.override(device.address)),
             revision=self.number(f"{folder}/revision"),
             numa_node=None if numa is None or numa < 0 else numa,
-            boot_vga=None if boot_vga is None else bool(boot_vga),
+            # What is neither 0 nor absent is taken for the boot display.
+            boot_vga=None if boot_vga is None else boot_vga != "0",
             link=Link(
                 width=self.width(f"{folder}/current_link_width"),
                 max_width=self.width(f"{folder}/max_link_width"),
@@ -233,9 +319,10 @@ class Reader:
         """GT/s, from ``16.0 GT/s PCIe``; None for ``Unknown``."""
         said = self.text(path)
         try:
-            return float(said.split()[0]) if said else None
+            speed = float(said.split()[0]) if said else math.nan
         except ValueError:
             return None
+        return speed if math.isfinite(speed) else None
 
     def bars(self, folder: str) -> tuple[Bar, ...]:
         """The memory and I/O windows that are in use."""

@@ -123,11 +123,15 @@ class PciDevice:
 
 @dataclass(frozen=True, slots=True)
 class IommuGroup:
-    """The unit of ownership: functions the IOMMU cannot tell apart."""
+    """The unit of ownership: functions the IOMMU cannot tell apart.
+
+    ``strangers`` are names that the kernel lists in the group and that are no members by
+    what is known of the functions: such a group is not understood, and not taken."""
 
     number: int
     members: tuple[PciAddress, ...]
     type: str | None = None
+    strangers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
