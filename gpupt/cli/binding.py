@@ -13,8 +13,8 @@ from gpupt.apply.host import is_host_action
 from gpupt.apply.world import World
 from gpupt.cli.context import Settings, changing, common, consent, plan_json, require_live
 from gpupt.cli.naming import named_gpu
-from gpupt.decide.binding import Loans, Preflight, choose_all, plan_attach, plan_detach
-from gpupt.decide.viability import closure
+from gpupt.decide.binding import Loans, choose_all, plan_attach, plan_detach
+from gpupt.decide.viability import Preflight, closure
 from gpupt.edges.bootrules import read_boot_rules
 from gpupt.edges.holders import read_holders, vfio_to_be_had
 from gpupt.edges.journal import Journal, read_ledger

@@ -14,10 +14,10 @@ from gpupt.apply.clusterworld import ClusterWorld
 from gpupt.cli.context import Settings
 from gpupt.cli.naming import alias_file, read_aliases
 from gpupt.decide.allocation import allocate, assess_subnet
-from gpupt.decide.binding import Preflight
 from gpupt.decide.cluster import Surroundings, require_names, require_unchanged
 from gpupt.decide.layers import Stack, is_hosts, plan_stack
 from gpupt.decide.sizing import assess_size
+from gpupt.decide.viability import Preflight
 from gpupt.edges.bake import bake_image, check_machine, read_ground
 from gpupt.edges.bootrules import read_persistent
 from gpupt.edges.clusterfolder import ClusterFolder

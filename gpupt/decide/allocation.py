@@ -12,8 +12,7 @@ from difflib import get_close_matches
 from hashlib import sha256
 from ipaddress import IPv4Address, IPv4Network
 
-from gpupt.decide.binding import Preflight
-from gpupt.decide.viability import assess_lending
+from gpupt.decide.viability import Preflight, assess_lending
 from gpupt.errors import BadInput, Refused
 from gpupt.model.cluster import (
     Allocation,

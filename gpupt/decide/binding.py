@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 
 from gpupt.actions import (
     Action,
@@ -16,7 +15,7 @@ from gpupt.actions import (
     UnpersistLoan,
 )
 from gpupt.decide.persistence import persisting, unpersisting
-from gpupt.decide.viability import assess_lending, closure, moved_functions
+from gpupt.decide.viability import Preflight, assess_lending, closure, moved_functions
 from gpupt.errors import BadInput, Refused
 from gpupt.model.gpus import VFIO, identity_of
 from gpupt.model.host import FunctionOrigin, Gpu, Holder, Host, Loan
@@ -24,16 +23,6 @@ from gpupt.model.pci import PciAddress, PciDevice
 from gpupt.model.persistence import BootRules
 
 Loans = Mapping[PciAddress, Loan]
-
-
-@dataclass(frozen=True, slots=True)
-class Preflight:
-    """What a plan needs to know beyond the host: is vfio-pci to be had, who holds which GPU,
-    and whether the person allows the boot GPU to be taken."""
-
-    vfio: bool = True
-    holders: Mapping[PciAddress, tuple[Holder, ...]] = field(default_factory=dict)
-    boot_gpu: bool = False
 
 
 def plan_detach(

@@ -24,10 +24,10 @@ from gpupt.actions import (
     StopNetwork,
     StopNode,
 )
-from gpupt.decide.binding import Preflight, plan_attach, plan_detach
+from gpupt.decide.binding import plan_attach, plan_detach
 from gpupt.decide.domain import domain_name, network_name, spec_digest
 from gpupt.decide.sizing import show_size
-from gpupt.decide.viability import moved_functions
+from gpupt.decide.viability import Preflight, moved_functions
 from gpupt.errors import Refused
 from gpupt.model.cluster import Allocation, ClusterSpec, Domain, Network, NodeSpec, Placement, Role
 from gpupt.model.gpus import VFIO

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
 
 from gpupt.model.gpus import VFIO, identity_of
-from gpupt.model.host import Finding, Gpu, Host, Loan, Severity
+from gpupt.model.host import Finding, Gpu, Holder, Host, Loan, Severity
 from gpupt.model.pci import PciAddress, PciDevice
-
-if TYPE_CHECKING:
-    from gpupt.decide.binding import Preflight
 
 # Drivers under which a group member does not disturb passthrough (driver_managed_dma in the
 # kernel's drivers/pci/pcie/portdrv.c and drivers/pci/pci-stub.c), beside vfio-pci itself.
 HARMLESS = frozenset({"pcieport", "pci-stub", VFIO})
+
+
+@dataclass(frozen=True, slots=True)
+class Preflight:
+    """What a plan needs to know beyond the host: is vfio-pci to be had, who holds which GPU,
+    and whether the person allows the boot GPU to be taken."""
+
+    vfio: bool = True
+    holders: Mapping[PciAddress, tuple[Holder, ...]] = field(default_factory=dict)
+    boot_gpu: bool = False
 
 
 def closure(host: Host, gpu: Gpu) -> tuple[PciAddress, ...]:

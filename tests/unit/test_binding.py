@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from machines import emulated_host, laptop, server
 
 from gpupt.actions import BindFunction, EraseLoan, Plan, RecordLoan
-from gpupt.decide.binding import Preflight, choose_all, plan_attach, plan_detach
+from gpupt.decide.binding import choose_all, plan_attach, plan_detach
+from gpupt.decide.viability import Preflight
 from gpupt.edges.sysfs import read_host
 from gpupt.errors import BadInput, GpuptError, Refused
 from gpupt.model.gpus import find_gpus, identity_of

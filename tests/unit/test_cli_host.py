@@ -16,7 +16,8 @@ from machines import MACHINES, emulated_host, unpack
 from gpupt.actions import RecordLoan
 from gpupt.cli.context import Settings
 from gpupt.cli.main import cli
-from gpupt.decide.binding import Preflight, plan_detach
+from gpupt.decide.binding import plan_detach
+from gpupt.decide.viability import Preflight
 from gpupt.edges.journal import Journal, read_ledger
 from gpupt.edges.sysfs import read_host
 from gpupt.errors import GpuptError

@@ -20,8 +20,9 @@ from gpupt.cli.cluster import read_back
 from gpupt.cli.context import Settings
 from gpupt.cli.main import cli
 from gpupt.decide.allocation import allocate
-from gpupt.decide.binding import Preflight, plan_detach
+from gpupt.decide.binding import plan_detach
 from gpupt.decide.cluster import Surroundings, plan_down
+from gpupt.decide.viability import Preflight
 from gpupt.edges.bootrules import write_rule
 from gpupt.edges.journal import Journal, read_ledger
 from gpupt.edges.sysfs import read_host

@@ -14,7 +14,8 @@ from machines import emulated_host, laptop
 from gpupt.actions import Action, EraseLoan, Plan
 from gpupt.apply.execute import execute
 from gpupt.apply.world import World
-from gpupt.decide.binding import Preflight, plan_attach, plan_detach
+from gpupt.decide.binding import plan_attach, plan_detach
+from gpupt.decide.viability import Preflight
 from gpupt.edges.journal import Journal
 from gpupt.edges.sysfs import read_host
 from gpupt.errors import Failed, Refused

@@ -32,9 +32,9 @@ from gpupt.apply.world import World
 from gpupt.cli.context import Settings
 from gpupt.cli.main import cli
 from gpupt.decide.allocation import allocate
-from gpupt.decide.binding import Preflight, plan_detach
+from gpupt.decide.binding import plan_detach
 from gpupt.decide.domain import Credential, view_domain, view_network
-from gpupt.decide.viability import closure
+from gpupt.decide.viability import Preflight, closure
 from gpupt.edges.hypervisor import membership_in
 from gpupt.edges.journal import Journal
 from gpupt.edges.specfile import parse_specfile

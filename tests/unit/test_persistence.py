@@ -18,8 +18,9 @@ from test_recover import killed, quiet, recover_all, run_and_die
 from gpupt.actions import PersistLoan, Plan, RecordLoan, UnpersistLoan
 from gpupt.apply.execute import execute
 from gpupt.apply.world import World
-from gpupt.decide.binding import Preflight, plan_attach, plan_detach, plan_forget
+from gpupt.decide.binding import plan_attach, plan_detach, plan_forget
 from gpupt.decide.persistence import plan_stray_rules, render_rule
+from gpupt.decide.viability import Preflight
 from gpupt.edges.bootrules import (
     read_boot_rules,
     read_persistent,

@@ -23,8 +23,9 @@ from hypothesis import strategies as st
 from machines import with_disk, with_uplink
 
 from gpupt.actions import BindFunction, Ledger, RecordLoan
-from gpupt.decide.binding import Preflight, choose_all, plan_attach, plan_detach
+from gpupt.decide.binding import choose_all, plan_attach, plan_detach
 from gpupt.decide.doctor import diagnose
+from gpupt.decide.viability import Preflight
 from gpupt.edges import codec
 from gpupt.edges.hostfacts import read_facts
 from gpupt.edges.kernel import Kernel

@@ -8,8 +8,8 @@ import pytest
 from fakekernel import FakeKernel, Function, plant
 from machines import MACHINES, emulated_host, laptop, server
 
-from gpupt.decide.binding import Preflight, gpu_at, plan_detach
-from gpupt.decide.viability import assess_lending, closure
+from gpupt.decide.binding import gpu_at, plan_detach
+from gpupt.decide.viability import Preflight, assess_lending, closure
 from gpupt.edges.sysfs import read_host
 from gpupt.errors import Refused
 from gpupt.model.gpus import identity_of

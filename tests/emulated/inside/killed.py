@@ -17,7 +17,8 @@ from gpupt.actions import Action, Plan
 from gpupt.apply.execute import execute
 from gpupt.apply.recover import recover
 from gpupt.apply.world import World
-from gpupt.decide.binding import Preflight, choose_all, plan_attach, plan_detach
+from gpupt.decide.binding import choose_all, plan_attach, plan_detach
+from gpupt.decide.viability import Preflight
 from gpupt.edges.journal import Journal, read_ledger
 from gpupt.edges.kernel import Kernel
 from gpupt.edges.sysfs import read_host
