@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from gpupt.model.cluster import Allocation, Placement
-from gpupt.model.host import FunctionOrigin, Loan
+from gpupt.model.host import Fence, FunctionOrigin, Loan
 from gpupt.model.pci import DriverBinding, PciAddress
 
 
@@ -92,6 +92,35 @@ class UnpersistLoan:
     """Remove the udev rule that takes a GPU at boot."""
 
     gpu: PciAddress
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class ResetGpu:
+    """Reset a GPU that a guest had, where the kernel can, and see that it answers.
+
+    One that does not is fenced, and stays where it is."""
+
+    gpu: PciAddress
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class FenceGpu:
+    """Lend the GPU to nobody from now on; ``before`` is the fence that there was."""
+
+    gpu: PciAddress
+    fence: Fence
+    before: Fence | None
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class UnfenceGpu:
+    """Let the GPU be lent again; ``fence`` is what kept it from that."""
+
+    gpu: PciAddress
+    fence: Fence
     why: str
 
 
@@ -237,6 +266,9 @@ Action: TypeAlias = (
     | EraseLoan
     | PersistLoan
     | UnpersistLoan
+    | ResetGpu
+    | FenceGpu
+    | UnfenceGpu
     | BakeImage
     | MakeCluster
     | RemoveCluster
@@ -285,10 +317,12 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Ledger:
-    """What the journal says: loans by GPU, and runs that neither ended nor were recovered."""
+    """What the journal says: loans and fences by GPU, and runs that neither ended nor were
+    recovered."""
 
     loans: Mapping[PciAddress, Loan] = field(default_factory=dict)
     unfinished: tuple[Run, ...] = ()
+    fences: Mapping[PciAddress, Fence] = field(default_factory=dict)
 
 
 def subject_of(action: Action) -> str:
@@ -299,6 +333,8 @@ def subject_of(action: Action) -> str:
         case RecordLoan() | LendGpu() | ReturnGpu() | EraseLoan():
             return str(action.gpu)
         case PersistLoan() | UnpersistLoan():
+            return str(action.gpu)
+        case ResetGpu() | FenceGpu() | UnfenceGpu():
             return str(action.gpu)
         case BakeImage():
             return "+".join(action.rolls)

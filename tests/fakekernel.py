@@ -45,8 +45,9 @@ class Function:
 class Fault:
     """Something that goes wrong when ``operation`` meets ``address``.
 
-    ``effect`` is an errno, ``silent`` (success, nothing happened), ``stuck``, or
-    ``kill-before`` and ``kill-after`` (SIGKILL of the process); ``times`` None: always.
+    ``effect`` is an errno, ``silent`` (success, nothing happened), ``stuck``, ``lost`` (the
+    card falls off the bus), or ``kill-before`` and ``kill-after`` (SIGKILL of the process);
+    ``times`` None: always.
     """
 
     operation: str
@@ -85,7 +86,7 @@ class FakeKernel(Kernel):
         word = text.strip()
         self.writes.append((f"/{path}", word))
         operation = path.name
-        address = path.parts[4] if operation == "driver_override" else word
+        address = path.parts[4] if operation in {"driver_override", "reset"} else word
         fault = self.fault(operation, address)
         if fault is not None and fault.effect == "kill-before":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -93,6 +94,8 @@ class FakeKernel(Kernel):
             raise stuck(path, word, deadline)
         if fault is not None and isinstance(fault.effect, int):
             raise refused_write(path, word, fault.effect)
+        if fault is not None and fault.effect == "lost":
+            self.lose(address)
         if fault is None or fault.effect != "silent":
             number = self.react(operation, address, word=word, driver=path.parent.name)
             if number:
@@ -131,9 +134,14 @@ class FakeKernel(Kernel):
             if bound is not None:
                 return errno.EBUSY
             self.attach(address, driver)
-        else:
+        elif operation != "reset":
             return errno.EINVAL
         return 0
+
+    def lose(self, address: str) -> None:
+        """Let the card fall off the bus: config space reads all ones."""
+        config = self.root / "sys/bus/pci/devices" / address / "config"
+        config.write_bytes(b"\xff" * len(config.read_bytes()))
 
     def matches(self, driver: str, address: str) -> bool:
         folder = self.root / "sys/bus/pci/devices" / address
@@ -233,6 +241,8 @@ def plant_function(root: Path, function: Function) -> None:
         texts["boot_vga"] = str(function.boot_vga)
     if function.resets is not None:
         texts["reset_method"] = function.resets
+        if function.resets:
+            texts["reset"] = ""
     if function.link is not None:
         width, most, speed, fastest = function.link
         texts["current_link_width"], texts["max_link_width"] = str(width), str(most)

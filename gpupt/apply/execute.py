@@ -9,7 +9,15 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
-from gpupt.actions import Action, BindFunction, EraseLoan, JournalEntry, Plan, subject_of
+from gpupt.actions import (
+    Action,
+    BindFunction,
+    EraseLoan,
+    JournalEntry,
+    Plan,
+    ResetGpu,
+    subject_of,
+)
 from gpupt.apply import host
 from gpupt.apply.world import World
 from gpupt.decide.inverse import FORWARD
@@ -101,7 +109,7 @@ def go_home(
         except GpuptError as error:
             errors.append(error)
             # Nothing is taken from a node that could not be stopped.
-            if not isinstance(action, BindFunction | EraseLoan):
+            if not isinstance(action, BindFunction | EraseLoan | ResetGpu):
                 break
         except KeyboardInterrupt:
             world.narrate("interrupted; gpupt recover carries on from here")

@@ -8,27 +8,31 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import replace
+from datetime import UTC, datetime
 from typing import TypeAlias
 
 from gpupt.actions import (
     Action,
     BindFunction,
     EraseLoan,
+    FenceGpu,
     JournalEntry,
     LendGpu,
     PersistLoan,
     RecordLoan,
     ReleaseFunction,
+    ResetGpu,
     ReturnGpu,
+    UnfenceGpu,
     UnpersistLoan,
 )
 from gpupt.apply.world import World
 from gpupt.decide.inverse import identities_in, inverse
 from gpupt.edges.bootrules import remove_rule, write_rule
 from gpupt.edges.kernel import Kernel
-from gpupt.errors import Failed
+from gpupt.errors import DeadlineExceeded, Failed
 from gpupt.model.gpus import is_another_card
-from gpupt.model.host import Loan
+from gpupt.model.host import Fence, Loan
 from gpupt.model.pci import DriverBinding, PciAddress
 
 HostAction: TypeAlias = (
@@ -40,6 +44,9 @@ HostAction: TypeAlias = (
     | EraseLoan
     | PersistLoan
     | UnpersistLoan
+    | ResetGpu
+    | FenceGpu
+    | UnfenceGpu
 )
 
 
@@ -53,6 +60,7 @@ def perform(action: Action, world: World) -> None:
     match action:
         case BindFunction(address=address):
             require_recorded_card(address, world)
+            require_answering(address, world.kernel)
             bind_function(action, world.kernel)
         case ReleaseFunction():
             release_function(action, world.kernel)
@@ -73,6 +81,12 @@ def perform(action: Action, world: World) -> None:
             write_rule(world.kernel.root, gpu, rule)
         case UnpersistLoan(gpu=gpu):
             remove_rule(world.kernel.root, gpu)
+        case ResetGpu(gpu=gpu):
+            reset_gpu(gpu, world)
+        case FenceGpu(fence=fence):
+            world.journal.fence(fence)
+        case UnfenceGpu(gpu=gpu):
+            world.journal.unfence(gpu)
         case _:
             raise TypeError(f"{type(action).__name__} is not the host's")
 
@@ -85,6 +99,10 @@ def undo(action: Action, prior: DriverBinding | None, world: World) -> None:
         world.narrate(f"{back.address} is not on the bus any more: nothing to put back")
     elif isinstance(back, BindFunction) and holds_another_card(back.address, world):
         world.narrate(f"{back.address} holds another card by now: left alone")
+    elif isinstance(back, BindFunction) and world.kernel.lost(back.address):
+        world.narrate(f"{back.address} has fallen off the bus: left alone, and kept on loan")
+    elif isinstance(back, EraseLoan) and lost_functions(back.gpu, world):
+        world.narrate(f"{back.gpu} stays on loan until it answers again; then gpupt attach")
     elif back is not None:
         perform(back, world)
 
@@ -117,6 +135,53 @@ def require_recorded_card(address: PciAddress, world: World) -> None:
             details="its address holds another card now, and that one is not touched",
             remedy="gpupt recover forgets the loan of a card that is not there any more",
         )
+
+
+def require_answering(address: PciAddress, kernel: Kernel) -> None:
+    """Raises Failed when the function has fallen off the bus: a driver that is to take it
+    would fail, and may hang."""
+    if kernel.lost(address):
+        raise Failed(
+            f"{address} has fallen off the bus",
+            details="its config space reads all ones",
+            remedy="power the machine off and on again; the loan is kept until then",
+        )
+
+
+def lost_functions(gpu: PciAddress, world: World) -> list[PciAddress]:
+    """The functions of a GPU's loan that are on the bus and do not answer."""
+    loan = world.journal.ledger.loans.get(gpu)
+    return [o.address for o in loan.origins if world.kernel.lost(o.address)] if loan else []
+
+
+def reset_gpu(gpu: PciAddress, world: World) -> None:
+    """Reset a GPU that a guest had, and fence it when that fails or it does not answer."""
+    kernel = world.kernel
+    if not kernel.present(gpu) or holds_another_card(gpu, world):
+        world.narrate(f"{gpu} is gone, or another card by now: not reset")
+        return
+    try:
+        require_answering(gpu, kernel)
+        if kernel.resettable(gpu):
+            kernel.reset(gpu)
+            require_answering(gpu, kernel)
+        else:
+            world.narrate(f"{gpu}: the kernel knows no way to reset it alone")
+    except (Failed, DeadlineExceeded) as error:
+        reason = f"after its guest: {error.brief}"
+        world.journal.fence(
+            Fence(gpu, loan_of(gpu, world).origin_of(gpu).identity, reason, utc(), error.details)
+        )
+        raise Failed(
+            f"{gpu} is fenced: {error.brief}",
+            details=error.details,
+            remedy=f"{error.remedy}; then gpupt unfence {gpu}" if error.remedy else "",
+        ) from error
+
+
+def utc() -> str:
+    """The time, as a fence keeps it."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def erase_loan(gpu: PciAddress, world: World) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +21,7 @@ from gpupt.edges.journal import Journal, read_ledger
 from gpupt.edges.kernel import Kernel
 from gpupt.edges.sysfs import Reader, read_host
 from gpupt.errors import BadInput, Failed, Refused
-from gpupt.model.host import Host
+from gpupt.model.host import Fence, Host
 from gpupt.model.pci import PciAddress
 
 
@@ -66,7 +66,7 @@ def detach(
     said: set[str] = set()
 
     def decide(host: Host, ledger: Ledger) -> Plan:
-        preflight = read_preflight(settings, host, boot_gpu=boot_gpu)
+        preflight = read_preflight(settings, host, boot_gpu=boot_gpu, fences=ledger.fences)
         chosen = wanted
         if everything:
             chosen, left = choose_all(host, loans=ledger.loans, preflight=preflight)
@@ -160,7 +160,9 @@ def say_once(settings: Settings, said: set[str], lines: Iterable[str]) -> None:
             settings.say(line)
 
 
-def read_preflight(settings: Settings, host: Host, *, boot_gpu: bool) -> Preflight:
+def read_preflight(
+    settings: Settings, host: Host, *, boot_gpu: bool, fences: Mapping[PciAddress, Fence]
+) -> Preflight:
     """What detach must know beyond the host itself."""
     reader = Reader(settings.root)
     functions = {address for gpu in host.gpus for address in closure(host, gpu)}
@@ -168,6 +170,7 @@ def read_preflight(settings: Settings, host: Host, *, boot_gpu: bool) -> Preflig
         vfio=vfio_to_be_had(reader),
         holders=read_holders(reader, host, functions),
         boot_gpu=boot_gpu,
+        fences=fences,
     )
 
 

@@ -275,7 +275,7 @@ def decide_up(
         hypervisor=hypervisor,
         ledger=ledger,
         host=host,
-        preflight=read_preflight(settings, host, boot_gpu=False),
+        preflight=read_preflight(settings, host, boot_gpu=False, fences=ledger.fences),
     )
     outlook = look_ahead(settings, read, around=around, hypervisor=hypervisor)
     known = read_rolls()

@@ -12,9 +12,12 @@ from gpupt.cli.context import Settings, common
 from gpupt.edges.bootrules import read_persistent
 from gpupt.edges.pciids import read_names, with_names
 from gpupt.edges.sysfs import read_host
-from gpupt.errors import Failed
-from gpupt.model.host import Loan
+from gpupt.errors import Failed, GpuptError
+from gpupt.model.host import Finding, Host, Loan, Records
 from gpupt.model.pci import PciAddress
+
+# A libvirt that is stuck does not keep anybody from seeing the rest.
+LIBVIRT_SECONDS = 10.0
 
 
 def terminal_colour() -> bool:
@@ -33,17 +36,19 @@ def terminal_width() -> int | None:
     return shutil.get_terminal_size().columns
 
 
-def known_loans(settings: Settings) -> Mapping[PciAddress, Loan]:
-    """The loans of the state folder; none, with a word on stderr, when it cannot be read."""
+def known_records(settings: Settings) -> Records:
+    """What is on record; no loans and fences, with a word on stderr, when they cannot be read."""
+    persistent = read_persistent(settings.root)
     if not (settings.state / "journal.sqlite").exists():
-        return {}
+        return Records(persistent=persistent)
     from gpupt.edges.journal import read_ledger
 
     try:
-        return read_ledger(settings.state).loans
+        ledger = read_ledger(settings.state)
     except Failed as error:
-        settings.say(f"gpupt: loans are not shown: {error}")
-        return {}
+        settings.say(f"gpupt: loans and fences are not shown: {error}")
+        return Records(persistent=persistent)
+    return Records(ledger.loans, ledger.fences, persistent)
 
 
 @click.command("list")
@@ -53,7 +58,8 @@ def list_gpus(settings: Settings) -> None:
 
     STATE is host (a driver of the host has it), driverless, detached (on vfio-pci, lent to
     nobody), lent (a node has it) or lost (fallen off the bus); with "persistent" where
-    `detach --persist` has it taken again at boot.  GROUP is the IOMMU group, and how many
+    `detach --persist` has it taken again at boot, and "fenced" where it is lent to nobody.
+    GROUP is the IOMMU group, and how many
     other functions leave the host with the GPU.
 
     \b
@@ -63,30 +69,28 @@ def list_gpus(settings: Settings) -> None:
       gpupt --root /path/to/recorded/tree list
     """
     host = with_names(read_host(settings.root), settings.root)
-    loans = known_loans(settings)
-    persistent = read_persistent(settings.root)
+    records = known_records(settings)
     if settings.as_json:
         from gpupt.report.hostjson import list_json
 
-        settings.emit(list_json(host, loans, persistent=persistent))
+        settings.emit(list_json(host, records))
         return
     from gpupt.report.tables import gpu_table
 
-    for line in gpu_table(
-        host, loans, persistent=persistent, colour=terminal_colour(), width=terminal_width()
-    ):
+    for line in gpu_table(host, records, colour=terminal_colour(), width=terminal_width()):
         click.echo(line)
 
 
 @click.command()
 @common
 def status(settings: Settings) -> None:
-    """Show who has what, and what is unfinished.
+    """Show who has what, what nodes lost, and what is unfinished.
 
     Loans (GPUs taken from the host, and which node has each; persistent: over reboots too),
-    runs that a crash cut short, driver overrides, and udev rules of ours that no loan
-    explains.  Exit 0 whatever is found; JSON has the same under loans, unfinished, overrides
-    and boot_rules.
+    nodes that do not have the GPU they were lent any more, fences, runs that a crash cut
+    short, driver overrides, and udev rules of ours that no loan explains.  Exit 0 whatever is
+    found; JSON has the same under loans, findings, fences, unfinished, overrides and
+    boot_rules.
 
     \b
     Examples:
@@ -100,11 +104,35 @@ def status(settings: Settings) -> None:
     host = read_host(settings.root, whole=True)
     ledger = read_ledger(settings.state)
     persistent = read_persistent(settings.root)
+    findings = lent_findings(settings, host, ledger.loans)
     if settings.as_json:
-        settings.emit(status_json(host, ledger, persistent=persistent))
+        settings.emit(status_json(host, ledger, persistent=persistent, findings=findings))
         return
-    for line in status_lines(host, ledger, persistent=persistent, colour=terminal_colour()):
+    for line in status_lines(
+        host, ledger, persistent=persistent, findings=findings, colour=terminal_colour()
+    ):
         click.echo(line)
+
+
+def lent_findings(
+    settings: Settings, host: Host, loans: Mapping[PciAddress, Loan]
+) -> tuple[Finding, ...]:
+    """What became of GPUs that are lent to nodes; libvirt is asked only where there are some."""
+    lent = {gpu: loan for gpu, loan in loans.items() if loan.node is not None}
+    if not lent:
+        return ()
+    from gpupt.decide.lent import assess_lent
+    from gpupt.edges.holders import holders_of
+    from gpupt.edges.hypervisor import Hypervisor
+
+    domains = None
+    if settings.root.resolve() == Path("/"):
+        try:
+            with Hypervisor.connect(settings.connect, deadline=LIBVIRT_SECONDS) as hypervisor:
+                domains = hypervisor.domains()
+        except GpuptError as error:
+            settings.say(f"whether the nodes run is not known: {error.brief}")
+    return assess_lent(host, lent, domains=domains, holders=holders_of(settings.root, host, lent))
 
 
 @click.command()
@@ -128,23 +156,14 @@ def info(settings: Settings, *, gpu: str) -> None:
 
     host = with_names(read_host(settings.root, whole=True), settings.root)
     found = gpu_at(host, named_gpu(gpu, state=settings.state))
-    loans = known_loans(settings)
-    reasons = assess_lending(
-        host, found, loans=loans, preflight=read_preflight(settings, host, boot_gpu=False)
-    )
+    records = known_records(settings)
+    preflight = read_preflight(settings, host, boot_gpu=False, fences=records.fences)
+    reasons = assess_lending(host, found, loans=records.loans, preflight=preflight)
     functions = closure(host, found)
-    persistent = read_persistent(settings.root)
     if settings.as_json:
         from gpupt.report.hostjson import info_json
 
-        data = info_json(
-            found,
-            host=host,
-            loans=loans,
-            leaving=functions,
-            reasons=reasons,
-            persistent=persistent,
-        )
+        data = info_json(found, host=host, records=records, leaving=functions, reasons=reasons)
         settings.emit(data)
         return
     from gpupt.report.card import info_lines
@@ -153,11 +172,10 @@ def info(settings: Settings, *, gpu: str) -> None:
     for line in info_lines(
         found,
         host=host,
-        loan=loans.get(found.address),
+        records=records,
         leaving=functions,
         reasons=reasons,
         names=names,
-        persistent=found.address in persistent,
         colour=terminal_colour(),
     ):
         click.echo(line)

@@ -24,6 +24,8 @@ VERBS: dict[str, tuple[str, str]] = {
     "detach": ("binding:detach", "Take GPUs from the host, for guests."),
     "attach": ("binding:attach", "Give GPUs back to the host, to the drivers they came from."),
     "recover": ("binding:recover", "Finish or undo what a crash cut short."),
+    "fence": ("fence:fence", "Lend GPUs to nobody, for a reason."),
+    "unfence": ("fence:unfence", "Let fenced GPUs be lent again."),
     "snapshot": ("host:snapshot", "Record this machine's PCI facts in a file."),
     "plan": ("cluster:plan", "Show what `up` would do."),
     "up": ("cluster:up", "Bring a cluster up from its file."),

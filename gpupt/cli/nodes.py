@@ -15,16 +15,20 @@ from gpupt.cli.clusterworld import cluster_world
 from gpupt.cli.context import Settings, common
 from gpupt.decide.cluster import Surroundings
 from gpupt.decide.domain import domain_name
-from gpupt.decide.facts import NodeFacts, parse_facts
+from gpupt.decide.facts import NodeFacts, assess_facts, parse_facts
 from gpupt.decide.layers import closure
+from gpupt.decide.lent import assess_lent
 from gpupt.edges.clusterfolder import ClusterFolder, ClusterRecord, read_clusters
+from gpupt.edges.holders import holders_of
 from gpupt.edges.hypervisor import Hypervisor
-from gpupt.edges.journal import read_past_clusters
+from gpupt.edges.journal import read_ledger, read_past_clusters
 from gpupt.edges.rolls import read_rolls
+from gpupt.edges.sysfs import read_host
 from gpupt.errors import BadInput, Failed, GpuptError
 from gpupt.model.cluster import Domain, Placement
+from gpupt.model.host import Finding, Severity
 from gpupt.model.roll import Job
-from gpupt.report.cluster import NodeStatus, node_json, nodes_text
+from gpupt.report.cluster import NodeStatus, finding_json, finding_text, node_json, nodes_text
 
 # A node that is well answers within this; `show` does not wait for one that is not.
 SHOW_SECONDS = 30.0
@@ -36,6 +40,9 @@ ANSWER_SECONDS = 60.0
 @common
 def show(settings: Settings, *, name: str) -> None:
     """Show a cluster's nodes, the GPUs each was given, and those it sees.
+
+    A node that lost its GPU runs on and says nothing: that is looked for on the host's side,
+    and told beneath the table (JSON: findings).  Exit 0 whatever is found.
 
     \b
     Examples:
@@ -52,6 +59,10 @@ def show(settings: Settings, *, name: str) -> None:
         facts = ask(ours, name, placement, say=settings.say) if _runs(domain) else None
         statuses.append(NodeStatus(placement, domain, facts=facts))
     ours.close()
+    findings = (
+        *lost_by(settings, name, domains=tuple(domains.values())),
+        *(finding for status in statuses for finding in assess_status(status, cluster=name)),
+    )
     if settings.as_json:
         settings.emit(
             {
@@ -60,10 +71,42 @@ def show(settings: Settings, *, name: str) -> None:
                 "subnet": str(record.allocation.spec.subnet),
                 "rolls": list(record.allocation.spec.rolls),
                 "nodes": [node_json(status) for status in statuses],
+                "findings": [finding_json(finding) for finding in findings],
             }
         )
-    else:
-        click.echo(nodes_text(statuses))
+        return
+    click.echo(nodes_text(statuses))
+    for finding in findings:
+        click.echo(finding_text(finding))
+
+
+def lost_by(
+    settings: Settings, cluster: str, *, domains: tuple[Domain, ...]
+) -> tuple[Finding, ...]:
+    """What became of the GPUs that the cluster's nodes were lent."""
+    loans = {
+        gpu: loan
+        for gpu, loan in read_ledger(settings.state).loans.items()
+        if loan.cluster == cluster and loan.node is not None
+    }
+    if not loans:
+        return ()
+    host = read_host(settings.root, whole=True)
+    return assess_lent(host, loans, domains=domains, holders=holders_of(settings.root, host, loans))
+
+
+def assess_status(status: NodeStatus, *, cluster: str) -> tuple[Finding, ...]:
+    """What a node says of itself that is not as it was declared."""
+    if status.facts is None:
+        return ()
+    placement = status.placement
+    wrong = assess_facts(status.facts, cluster=cluster, placement=placement)
+    if not wrong:
+        return ()
+    name = placement.node.name
+    brief = f"{name} is not what was declared: {wrong[0]}"
+    remedy = f"gpupt down {cluster}, then up, makes it anew"
+    return (Finding("node-changed", Severity.FAIL, name, brief, wrong[1:], remedy),)
 
 
 @click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})

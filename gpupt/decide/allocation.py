@@ -24,7 +24,7 @@ from gpupt.model.cluster import (
     Placement,
     Route,
 )
-from gpupt.model.gpus import VFIO
+from gpupt.model.gpus import VFIO, fence_of
 from gpupt.model.host import Finding, Gpu, Host, Loan
 from gpupt.model.pci import PciAddress
 
@@ -50,13 +50,13 @@ def allocate(
     host does not have, Refused for one that is not to be had.
     """
     places = places or {}
+    preflight = preflight or Preflight()
     names = _Names(host, aliases or {}, alias_file)
     named = _resolve_named(spec, names=names, places=places)
     taken = {address: holder for holder, address in _holders((loans or {}).values(), domains)}
+    _refuse_fenced(spec, host=host, taken=taken, domains=domains, preflight=preflight)
     unfit = {
-        gpu.address: assess_lending(
-            host, gpu, loans=loans or {}, preflight=preflight or Preflight()
-        )
+        gpu.address: assess_lending(host, gpu, loans=loans or {}, preflight=preflight)
         for gpu in host.gpus
         if gpu.address not in taken
     }
@@ -271,6 +271,34 @@ def _holders(
     for loan in loans:
         if loan.cluster is not None and loan.node is not None:
             yield (loan.cluster, loan.node), loan.gpu
+
+
+def _refuse_fenced(
+    spec: ClusterSpec,
+    *,
+    host: Host,
+    taken: Mapping[PciAddress, tuple[str, str]],
+    domains: Sequence[Domain],
+    preflight: Preflight,
+) -> None:
+    """Raise Refused when a node that is to start again has a GPU that was fenced since."""
+    running = {
+        (domain.membership.cluster, domain.membership.node)
+        for domain in domains
+        if domain.running and domain.membership is not None
+    }
+    for gpu in host.gpus:
+        holder = taken.get(gpu.address)
+        if holder is None or holder[0] != spec.name or holder in running:
+            continue
+        fence = fence_of(gpu.device, preflight.fences)
+        if fence is not None:
+            raise Refused(
+                f"GPU {gpu.address} of {holder[1]} is fenced: {fence.reason}",
+                details=fence.evidence,
+                remedy=f"gpupt down {spec.name}, then up: another GPU takes its place, if any is "
+                "free",
+            )
 
 
 def _refuse_unfit(address: PciAddress, *, reasons: Sequence[Finding], place: str) -> None:

@@ -8,21 +8,24 @@ from gpupt.actions import (
     Action,
     BindFunction,
     EraseLoan,
+    FenceGpu,
     Ledger,
     Plan,
     RecordLoan,
     ReleaseFunction,
+    UnfenceGpu,
     UnpersistLoan,
 )
 from gpupt.decide.persistence import persisting, unpersisting
 from gpupt.decide.viability import Preflight, assess_lending, closure, moved_functions
 from gpupt.errors import BadInput, Refused
 from gpupt.model.gpus import VFIO, identity_of
-from gpupt.model.host import FunctionOrigin, Gpu, Holder, Host, Loan
+from gpupt.model.host import Fence, FunctionOrigin, Gpu, Holder, Host, Loan
 from gpupt.model.pci import PciAddress, PciDevice
 from gpupt.model.persistence import BootRules
 
 Loans = Mapping[PciAddress, Loan]
+Fences = Mapping[PciAddress, Fence]
 
 
 def plan_detach(
@@ -237,6 +240,38 @@ def plan_forget(host: Host, *, loans: Loans, boot: BootRules | None = None) -> P
             actions.append(return_home(origin, device))
         actions.append(EraseLoan(loan.gpu, why="the card that was detached is not there any more"))
     return Plan("recover", "loans of cards that are gone", tuple(actions))
+
+
+def plan_fence(
+    host: Host, *, gpus: Sequence[PciAddress], fences: Fences, reason: str, since: str
+) -> Plan:
+    """Lend GPUs to nobody from now on; raises BadInput when one is no GPU of this host."""
+    wanted = [gpu_at(host, address) for address in sorted(set(gpus))]
+    actions = [
+        FenceGpu(
+            gpu.address,
+            Fence(gpu.address, identity_of(gpu.device), reason, since),
+            fences.get(gpu.address),
+            why=reason,
+        )
+        for gpu in wanted
+        if gpu.address not in fences or fences[gpu.address].reason != reason
+    ]
+    return Plan("fence", " ".join(str(gpu.address) for gpu in wanted), tuple(actions))
+
+
+def plan_unfence(host: Host, *, gpus: Sequence[PciAddress], fences: Fences) -> Plan:
+    """Let GPUs be lent again; raises BadInput when one is neither fenced nor a GPU here."""
+    named = sorted(set(gpus))
+    for address in named:
+        if address not in fences:
+            gpu_at(host, address)
+    actions = [
+        UnfenceGpu(address, fences[address], why=f"it was fenced: {fences[address].reason}")
+        for address in named
+        if address in fences
+    ]
+    return Plan("unfence", " ".join(map(str, named)) or "no GPU", tuple(actions))
 
 
 def orphans(host: Host, *, loans: Loans) -> tuple[PciAddress, ...]:

@@ -18,6 +18,7 @@ from gpupt.actions import (
     MakeCluster,
     Plan,
     RemoveCluster,
+    ResetGpu,
     ReturnGpu,
     StartNetwork,
     StartNode,
@@ -142,6 +143,10 @@ def plan_down(
         if loan.node is not None or stays:
             why = f"{loan.node or cluster} is gone" + (", and it stays detached" if stays else "")
             actions.append(ReturnGpu(gpu, why=why, cluster=None if stays else cluster))
+    for gpu, loan in lent.items():
+        had = loan.node is not None or not keep_detached
+        if had and not moved_functions(around.host, loan):
+            actions.append(ResetGpu(gpu, why="a guest had it: reset, and see that it answers"))
     findings: list[Finding] = []
     if not keep_detached:
         home = {gpu: loan for gpu, loan in lent.items() if gpu not in around.persistent}

@@ -9,6 +9,7 @@ from gpupt.actions import (
     Action,
     BindFunction,
     EraseLoan,
+    FenceGpu,
     JournalEntry,
     LendGpu,
     MakeCluster,
@@ -22,10 +23,11 @@ from gpupt.actions import (
     StartNode,
     StopNetwork,
     StopNode,
+    UnfenceGpu,
     UnpersistLoan,
 )
 from gpupt.model.gpus import identity_of, is_another_card
-from gpupt.model.host import FunctionOrigin, Host, Loan
+from gpupt.model.host import Fence, FunctionOrigin, Host, Loan
 from gpupt.model.pci import Identity, PciAddress
 
 # Verbs that lead towards the host's own state: what they began is carried on, not undone.
@@ -53,6 +55,12 @@ def inverse(entry: JournalEntry) -> Action | None:
             return UnpersistLoan(gpu, why="the loan did not come about")
         case PersistLoan(gpu=gpu, rule=rule, before=str() as before):
             return PersistLoan(gpu, before, rule, why="back to the rule that was there")
+        case FenceGpu(gpu=gpu, fence=fence, before=None):
+            return UnfenceGpu(gpu, fence, why="the fence did not come about")
+        case FenceGpu(gpu=gpu, fence=fence, before=Fence() as before):
+            return FenceGpu(gpu, before, fence, why="back to the fence that was there")
+        case UnfenceGpu(gpu=gpu, fence=fence):
+            return FenceGpu(gpu, fence, None, why="fenced, as it was")
         case LendGpu(gpu=gpu, cluster=cluster):
             return ReturnGpu(gpu, why=f"{cluster} did not come about")
         case MakeCluster(allocation=allocation):

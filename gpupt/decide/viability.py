@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from gpupt.model.gpus import VFIO, identity_of
-from gpupt.model.host import Finding, Gpu, Holder, Host, Loan, Severity
+from gpupt.model.gpus import VFIO, fence_of, identity_of
+from gpupt.model.host import Fence, Finding, Gpu, Holder, Host, Loan, Severity
 from gpupt.model.pci import PciAddress, PciDevice
 
 # Drivers under which a group member does not disturb passthrough (driver_managed_dma in the
@@ -17,11 +17,12 @@ HARMLESS = frozenset({"pcieport", "pci-stub", VFIO})
 @dataclass(frozen=True, slots=True)
 class Preflight:
     """What a plan needs to know beyond the host: is vfio-pci to be had, who holds which GPU,
-    and whether the person allows the boot GPU to be taken."""
+    which GPUs are fenced, and whether the person allows the boot GPU to be taken."""
 
     vfio: bool = True
     holders: Mapping[PciAddress, tuple[Holder, ...]] = field(default_factory=dict)
     boot_gpu: bool = False
+    fences: Mapping[PciAddress, Fence] = field(default_factory=dict)
 
 
 def closure(host: Host, gpu: Gpu) -> tuple[PciAddress, ...]:
@@ -57,6 +58,9 @@ def assess_lending(
 ) -> tuple[Finding, ...]:
     """Every reason why the GPU cannot be taken from the host now; empty: it can."""
     functions = [host.devices[address] for address in closure(host, gpu)]
+    fence = fence_of(gpu.device, preflight.fences)
+    if fence is not None:
+        return (about_fence(gpu, fence),)
     loan = loans.get(gpu.address)
     if loan is not None:
         lent = list(standing_loan(host, gpu, loan))
@@ -99,6 +103,18 @@ def standing_loan(host: Host, gpu: Gpu, loan: Loan) -> Iterator[Finding]:
             *moved,
             remedy="put the card back into its slot; or gpupt recover, which forgets its loan",
         )
+
+
+def about_fence(gpu: Gpu, fence: Fence) -> Finding:
+    """What a fence has against lending the GPU."""
+    return refusal(
+        "fenced",
+        gpu,
+        f"it is fenced: {fence.reason}",
+        *(fence.evidence or (fence.reason,)),
+        f"fenced since {fence.since}",
+        remedy=f"mend or replace it; gpupt unfence {gpu.address} then lets it be lent again",
+    )
 
 
 def moved_functions(host: Host, loan: Loan) -> tuple[str, ...]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 from gpupt.edges.sysfs import Reader
-from gpupt.model.host import Holder, Host
+from gpupt.model.host import Holder, Host, Loan
 from gpupt.model.pci import PciAddress, PciDevice
 
 
@@ -94,3 +95,13 @@ def vfio_to_be_had(reader: Reader) -> bool:
         if "/vfio-pci.ko" in reader.whole(f"lib/modules/{release}/{name}"):
             return True
     return False
+
+
+def holders_of(
+    root: Path, host: Host, loans: Mapping[PciAddress, Loan]
+) -> dict[PciAddress, tuple[Holder, ...]] | None:
+    """Who holds the functions of these loans; None when not every process could be looked into."""
+    reader = Reader(root)
+    lent = [origin.address for loan in loans.values() for origin in loan.origins]
+    found = read_holders(reader, host, [address for address in lent if address in host.devices])
+    return None if reader.denied else found

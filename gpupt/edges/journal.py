@@ -1,4 +1,4 @@
-"""The gate to SQLite: loans, and the journal of what was begun, in STATE/journal.sqlite.
+"""The gate to SQLite: loans, fences, and the journal of what was begun, in STATE/journal.sqlite.
 
 An intent is on the disk before the write it announces (WAL, synchronous=FULL: each commit
 is fsynced).  One gpupt changes a host at a time: a lock on STATE/lock, with the PID in it.
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import sqlite3
 
     from gpupt.actions import JournalEntry, Plan, Run
-    from gpupt.model.host import Loan
+    from gpupt.model.host import Fence, Loan
     from gpupt.model.pci import PciAddress
 
 FILE = "journal.sqlite"
@@ -43,6 +43,7 @@ CREATE TABLE IF NOT EXISTS entries (
     PRIMARY KEY (run, step)
 );
 CREATE TABLE IF NOT EXISTS loans (gpu TEXT PRIMARY KEY, loan TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS fences (gpu TEXT PRIMARY KEY, fence TEXT NOT NULL);
 PRAGMA user_version = 1;
 """
 
@@ -55,7 +56,7 @@ def read_ledger(state: Path) -> Ledger:
     with reading(state) as connection:
         if connection is None:
             return Ledger()
-        return Ledger(loans_in(connection), runs_in(connection))
+        return ledger_in(connection)
 
 
 def read_past_clusters(state: Path) -> frozenset[str]:
@@ -128,7 +129,7 @@ class Journal:
     def ledger(self) -> Ledger:
         """The ledger as it is now."""
         with speaking_of(self.file):
-            return Ledger(loans_in(self.connection), runs_in(self.connection))
+            return ledger_in(self.connection)
 
     def begin(self, plan: Plan) -> int:
         """Note that a plan is begun; returns the run's number."""
@@ -170,6 +171,16 @@ class Journal:
     def erase(self, gpu: PciAddress) -> None:
         """Forget a GPU's loan."""
         self.put("DELETE FROM loans WHERE gpu = ?", str(gpu))
+
+    def fence(self, fence: Fence) -> None:
+        """Keep a fence, in the place of the one of the same GPU."""
+        from gpupt.edges.codec import encode
+
+        self.put("INSERT OR REPLACE INTO fences VALUES (?, ?)", str(fence.gpu), encode(fence))
+
+    def unfence(self, gpu: PciAddress) -> None:
+        """Forget a GPU's fence."""
+        self.put("DELETE FROM fences WHERE gpu = ?", str(gpu))
 
     def put(self, statement: str, *values: str | int) -> int:
         """One change, on the disk when this returns; the number of the row it made."""
@@ -218,12 +229,27 @@ def check_version(connection: sqlite3.Connection, file: Path) -> None:
         )
 
 
+def ledger_in(connection: sqlite3.Connection) -> Ledger:
+    return Ledger(loans_in(connection), runs_in(connection), fences_in(connection))
+
+
 def loans_in(connection: sqlite3.Connection) -> dict[PciAddress, Loan]:
     from gpupt.edges.codec import decode
 
     rows = connection.execute("SELECT loan FROM loans").fetchall()
     loans = (decode(text) for (text,) in rows)
     return {loan.gpu: loan for loan in sorted(loans, key=lambda loan: loan.gpu)}
+
+
+def fences_in(connection: sqlite3.Connection) -> dict[PciAddress, Fence]:
+    from gpupt.edges.codec import decode
+
+    # A database that is read only may be from before there were fences.
+    known = "SELECT count(*) FROM sqlite_master WHERE type = 'table' AND name = 'fences'"
+    if not connection.execute(known).fetchone()[0]:
+        return {}
+    fences = [decode(text) for (text,) in connection.execute("SELECT fence FROM fences")]
+    return {fence.gpu: fence for fence in sorted(fences, key=lambda fence: fence.gpu)}
 
 
 def runs_in(connection: sqlite3.Connection) -> tuple[Run, ...]:

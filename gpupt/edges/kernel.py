@@ -25,6 +25,7 @@ BUS = PurePosixPath("sys/bus/pci")
 OVERRIDE_DEADLINE = 10.0
 UNBIND_DEADLINE = 45.0
 PROBE_DEADLINE = 90.0
+RESET_DEADLINE = 90.0
 MODULE_DEADLINE = 60.0
 
 
@@ -77,6 +78,18 @@ class Kernel:
     def bind(self, address: PciAddress, driver: str) -> None:
         """Bind the function to a driver by name."""
         self.write(BUS / "drivers" / driver / "bind", f"{address}\n", deadline=PROBE_DEADLINE)
+
+    def lost(self, address: PciAddress) -> bool:
+        """Whether the function's config space reads all ones: it has fallen off the bus."""
+        return self.reader.lost(f"{BUS}/devices/{address}")
+
+    def resettable(self, address: PciAddress) -> bool:
+        """Whether the kernel knows a way to reset the function alone."""
+        return (self.root / BUS / "devices" / str(address) / "reset").exists()
+
+    def reset(self, address: PciAddress) -> None:
+        """Reset the function, in the first of its ``reset_method`` that works."""
+        self.write(BUS / "devices" / str(address) / "reset", "1\n", deadline=RESET_DEADLINE)
 
     def load_module(self, name: str) -> None:
         """Load a module into the running kernel; raises Failed, also for a tree that is none."""

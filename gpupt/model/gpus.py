@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from gpupt.model.host import Gpu, GpuState, Loan
+from gpupt.model.host import Fence, Gpu, GpuState, Host, Loan
 from gpupt.model.pci import Identity, PciAddress, PciDevice, PciId
 
 NVIDIA = 0x10DE
@@ -72,6 +72,21 @@ def identity_of(device: PciDevice) -> Identity:
 def is_another_card(now: Identity, was: Identity) -> bool:
     """Whether an address holds another card than it did; all ones say nothing of that."""
     return now.id != ALL_ONES and replace(now, serial=was.serial) != was
+
+
+def fence_of(device: PciDevice, fences: Mapping[PciAddress, Fence]) -> Fence | None:
+    """The fence of the card that is at the device's address now; one of another card that was
+    there does not count."""
+    fence = fences.get(device.address)
+    if fence is None or is_another_card(identity_of(device), fence.identity):
+        return None
+    return fence
+
+
+def stands(fence: Fence, host: Host) -> bool:
+    """Whether the card that was fenced is still in its place."""
+    device = host.devices.get(fence.gpu)
+    return device is not None and not is_another_card(identity_of(device), fence.identity)
 
 
 def state_of(gpu: Gpu, loan: Loan | None) -> GpuState:

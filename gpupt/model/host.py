@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -41,11 +41,21 @@ class Critical:
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """A process that has a GPU's device node open."""
+    """A process that has a GPU's device node open, or no more than ``mapped``.
+
+    ``unit`` is systemd's, of the manager of the user with uid ``user`` or of the system's.
+    ``container`` is a short id or a name in ``runtime``'s words; runtime ``guest``: the name of
+    libvirt's domain.  PID 0 is the kernel: a driver keeps the card in use for no process."""
 
     pid: int
     command: str
     node: str
+    mapped: bool = False
+    unit: str | None = None
+    user: int | None = None
+    runtime: str | None = None
+    container: str | None = None
+    pod: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +91,36 @@ class Loan:
     origins: tuple[FunctionOrigin, ...]
     cluster: str | None = None
     node: str | None = None
+
+    def origin_of(self, address: PciAddress) -> FunctionOrigin:
+        """Where one of its functions came from; raises KeyError."""
+        for origin in self.origins:
+            if origin.address == address:
+                return origin
+        raise KeyError(address)
+
+
+@dataclass(frozen=True, slots=True)
+class Fence:
+    """A GPU that is to be lent to nobody, and why; of that card only, not of its slot.
+
+    ``since`` is UTC, as ISO 8601 has it."""
+
+    gpu: PciAddress
+    identity: Identity
+    reason: str
+    since: str
+    evidence: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Records:
+    """What gpupt keeps of a host's GPUs: loans, fences, and those that a udev rule of its own
+    takes again at boot."""
+
+    loans: Mapping[PciAddress, Loan] = field(default_factory=dict)
+    fences: Mapping[PciAddress, Fence] = field(default_factory=dict)
+    persistent: Collection[PciAddress] = ()
 
 
 class Severity(StrEnum):

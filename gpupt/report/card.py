@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from gpupt.model.gpus import state_of
-from gpupt.model.host import Finding, Gpu, GpuState, Host, Loan
+from gpupt.model.gpus import fence_of, state_of
+from gpupt.model.host import Finding, Gpu, GpuState, Host, Records
 from gpupt.model.pci import PciAddress, PciId
 from gpupt.report.tables import Cell, driver_of, link_of, paint, size_of, table
 
@@ -35,15 +35,17 @@ def info_lines(
     gpu: Gpu,
     *,
     host: Host,
-    loan: Loan | None,
+    records: Records,
     leaving: Sequence[PciAddress],
     reasons: Sequence[Finding],
     names: Mapping[PciId, str],
-    persistent: bool = False,
     colour: bool,
 ) -> list[str]:
     """What it is, what leaves the host with it, and whether it can be detached now."""
     device = gpu.device
+    loan = records.loans.get(gpu.address)
+    persistent = gpu.address in records.persistent
+    fence = fence_of(device, records.fences)
     state = state_of(gpu, loan)
     title = device.name or f"{class_name(device.class_code)} of {device.id}"
     said = state.value
@@ -51,6 +53,7 @@ def info_lines(
         said = f"lent to {loan.cluster}/{loan.node}"
     facts = [
         ("state", paint(said, state.value, colour=colour)),
+        ("fenced", f"since {fence.since}: {fence.reason}" if fence else ""),
         ("at boot", "taken again by a udev rule of gpupt's" if persistent else ""),
         ("driver", driver_of(device)),
         ("id", f"{device.id}" + (f"  subsystem {device.subsystem}" if device.subsystem else "")),

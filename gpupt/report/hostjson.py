@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
-from gpupt.model.gpus import state_of
-from gpupt.model.host import Finding, Gpu, Host, Loan
+from gpupt.model.gpus import fence_of, stands, state_of
+from gpupt.model.host import Finding, Gpu, Host, Loan, Records
 from gpupt.model.pci import PciAddress
 
 if TYPE_CHECKING:
     from gpupt.actions import Ledger
     from gpupt.decide.doctor import Diagnosis
 
-Loans = Mapping[PciAddress, Loan]
 
-
-def list_json(
-    host: Host, loans: Loans, *, persistent: Collection[PciAddress] = ()
-) -> dict[str, Any]:
+def list_json(host: Host, records: Records) -> dict[str, Any]:
     """``gpupt list --json``."""
-    return {
-        "gpus": [gpu_json(gpu, host=host, loans=loans, persistent=persistent) for gpu in host.gpus]
-    }
+    return {"gpus": [gpu_json(gpu, host=host, records=records) for gpu in host.gpus]}
 
 
-def gpu_json(
-    gpu: Gpu, *, host: Host, loans: Loans, persistent: Collection[PciAddress] = ()
-) -> dict[str, Any]:
+def gpu_json(gpu: Gpu, *, host: Host, records: Records) -> dict[str, Any]:
     """One GPU; ids are lower-case hex without 0x, sizes are bytes, speeds GT/s; persistent:
-    taken again at boot."""
+    taken again at boot; fenced: why it is lent to nobody."""
     device = gpu.device
-    loan = loans.get(gpu.address)
+    loan = records.loans.get(gpu.address)
+    fence = fence_of(gpu.device, records.fences)
     group = host.groups.get(-1 if device.iommu_group is None else device.iommu_group)
     lease = loan is not None and loan.node is not None
     return {
@@ -65,7 +58,8 @@ def gpu_json(
         "reset_methods": None if device.reset_methods is None else list(device.reset_methods),
         "state": state_of(gpu, loan).value,
         "lease": {"cluster": loan.cluster, "node": loan.node} if loan and lease else None,
-        "persistent": gpu.address in persistent,
+        "persistent": gpu.address in records.persistent,
+        "fenced": None if fence is None else fence.reason,
     }
 
 
@@ -82,9 +76,13 @@ def finding_json(finding: Finding) -> dict[str, Any]:
 
 
 def status_json(
-    host: Host, ledger: Ledger, *, persistent: Collection[PciAddress] = ()
+    host: Host,
+    ledger: Ledger,
+    *,
+    persistent: Collection[PciAddress] = (),
+    findings: Sequence[Finding] = (),
 ) -> dict[str, Any]:
-    """``gpupt status --json``."""
+    """``gpupt status --json``; ``findings`` are about nodes that lost a GPU of theirs."""
     return {
         "loans": [
             loan_json(loan, host=host, persistent=loan.gpu in persistent)
@@ -112,6 +110,18 @@ def status_json(
         "boot_rules": [
             {"gpu": str(gpu), "loan": gpu in ledger.loans} for gpu in sorted(persistent)
         ],
+        "fences": [
+            {
+                "gpu": str(fence.gpu),
+                "id": str(fence.identity.id),
+                "reason": fence.reason,
+                "since": fence.since,
+                "evidence": list(fence.evidence),
+                "stands": stands(fence, host),
+            }
+            for fence in ledger.fences.values()
+        ],
+        "findings": [finding_json(finding) for finding in findings],
     }
 
 
@@ -149,14 +159,13 @@ def info_json(
     gpu: Gpu,
     *,
     host: Host,
-    loans: Loans,
+    records: Records,
     leaving: Sequence[PciAddress],
     reasons: Sequence[Finding],
-    persistent: Collection[PciAddress] = (),
 ) -> dict[str, Any]:
     """``gpupt info --json``: the GPU as in ``list``, what leaves with it, and what forbids it."""
     return {
-        "gpu": gpu_json(gpu, host=host, loans=loans, persistent=persistent),
+        "gpu": gpu_json(gpu, host=host, records=records),
         "leaving": [
             {
                 "address": str(device.address),

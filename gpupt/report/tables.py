@@ -8,8 +8,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gpupt.model.gpus import state_of
-from gpupt.model.host import Finding, Gpu, GpuState, Host, Loan
+from gpupt.model.gpus import fence_of, stands, state_of
+from gpupt.model.host import Finding, Gpu, GpuState, Host, Records
 from gpupt.model.pci import Bar, Link, PciAddress, PciDevice
 
 if TYPE_CHECKING:
@@ -71,24 +71,15 @@ def paint(text: str, name: str, *, colour: bool) -> str:
 
 def gpu_table(
     host: Host,
-    loans: Mapping[PciAddress, Loan],
+    records: Records,
     *,
-    persistent: Collection[PciAddress] = (),
     colour: bool,
     width: int | None = None,
 ) -> list[str]:
     """``gpupt list``: a line for each GPU."""
     if not host.gpus:
         return ["no GPUs on this host"]
-    rows = [
-        gpu_row(
-            gpu,
-            host=host,
-            loan=loans.get(gpu.address),
-            persistent=gpu.address in persistent,
-        )
-        for gpu in host.gpus
-    ]
+    rows = [gpu_row(gpu, host=host, records=records) for gpu in host.gpus]
     # A column that says nothing of any card is left out.
     kept = [
         column
@@ -176,18 +167,22 @@ class GpuName:
         return f"{self.sold_as[:left].rstrip()}… {self.notes}".strip() if left > 0 else self.notes
 
 
-def gpu_row(gpu: Gpu, *, host: Host, loan: Loan | None, persistent: bool = False) -> list[Cell]:
+def gpu_row(gpu: Gpu, *, host: Host, records: Records) -> list[Cell]:
     """A GPU's cells in ``gpupt list``, but for its name."""
     device = gpu.device
+    loan = records.loans.get(gpu.address)
     state = state_of(gpu, loan)
     said = state.value
     if state is GpuState.LENT and loan is not None:
         said = f"lent {loan.cluster}/{loan.node}"
-    if persistent:
+    if gpu.address in records.persistent:
         said += ", persistent"
+    fenced = fence_of(device, records.fences) is not None
+    if fenced:
+        said += ", fenced"
     return [
         Cell(str(device.address)),
-        Cell(said, state.value),
+        Cell(said, "fail" if fenced else state.value),
         Cell(driver_of(device), "" if device.binding.driver else "dim"),
         Cell(group_of(gpu, host=host)),
         Cell("–" if device.numa_node is None else str(device.numa_node)),
@@ -265,10 +260,27 @@ def finding_lines(findings: Sequence[Finding], *, colour: bool) -> list[str]:
 
 
 def status_lines(
-    host: Host, ledger: Ledger, *, persistent: Collection[PciAddress] = (), colour: bool
+    host: Host,
+    ledger: Ledger,
+    *,
+    persistent: Collection[PciAddress] = (),
+    findings: Sequence[Finding] = (),
+    colour: bool,
 ) -> list[str]:
-    """``gpupt status``: loans, unfinished runs, overrides, rules that no loan explains."""
+    """``gpupt status``: loans, what nodes lost, fences, unfinished runs, overrides, rules that
+    no loan explains."""
     lines = loan_lines(host, ledger, persistent=persistent, colour=colour)
+    if findings:
+        lines += ["", *finding_lines(findings, colour=colour)]
+    for fence in ledger.fences.values():
+        gone = "" if stands(fence, host) else ": another card is there now, or none"
+        lines += [
+            "",
+            paint(f"{fence.gpu} is fenced", "fail", colour=colour)
+            + f" since {fence.since}: {fence.reason}{gone}",
+            *(f"      {paint(line, 'dim', colour=colour)}" for line in fence.evidence),
+            f"  → gpupt unfence {fence.gpu} lets it be lent again",
+        ]
     for run in ledger.unfinished:
         done = sum(entry.done for entry in run.entries)
         lines += [

@@ -258,7 +258,7 @@ def test_a_damaged_journal_is_told_and_list_goes_on(host: Host) -> None:
     (host.state / "journal.sqlite").write_text("not a database, and long enough to be read" * 99)
     status, result = host.type("list")
     assert status == 0
-    assert "loans are not shown" in result.stderr
+    assert "loans and fences are not shown" in result.stderr
     assert "0000:01:00.0" in result.stdout
     status, result = host.type("detach", "01:00.0", "--yes")
     assert (status, "cannot be used" in str(result.exception)) == (1, True)

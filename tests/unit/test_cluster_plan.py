@@ -211,6 +211,7 @@ def test_down_ends_computes_first_and_gives_every_function_back() -> None:
     assert findings == ()
     assert kinds(plan) == [
         *("StopNode", "StopNode", "StopNode", "StopNetwork", "ReturnGpu", "ReturnGpu"),
+        *("ResetGpu", "ResetGpu"),
         *("BindFunction", "BindFunction", "BindFunction", "EraseLoan", "EraseLoan"),
         "RemoveCluster",
     ]

@@ -33,7 +33,7 @@ from gpupt.edges.pciids import with_names
 from gpupt.edges.routes import read_routes
 from gpupt.edges.sysfs import Reader, read_host
 from gpupt.errors import BadInput, GpuptError
-from gpupt.model.host import Loan
+from gpupt.model.host import Loan, Records
 from gpupt.model.pci import PciAddress
 from gpupt.report.hostjson import doctor_json, list_json, status_json
 from gpupt.report.tables import gpu_table, status_lines
@@ -288,9 +288,9 @@ def read_everything(root: Path) -> str:
     facts = read_facts(root, host)
     diagnosis = diagnose(host, ledger=Ledger(), facts=facts)
     # Everything said is text and JSON that others can read.
-    for data in (list_json(host, {}), status_json(host, Ledger()), doctor_json(diagnosis)):
+    for data in (list_json(host, Records()), status_json(host, Ledger()), doctor_json(diagnosis)):
         json.dumps(data, allow_nan=False)
-    lines = [*gpu_table(host, {}, colour=False), *status_lines(host, Ledger(), colour=False)]
+    lines = [*gpu_table(host, Records(), colour=False), *status_lines(host, Ledger(), colour=False)]
     "\n".join(lines).encode()
     read_routes(root)
     for gpu in host.gpus:
