@@ -20,13 +20,15 @@ class BindFunction:
     """Move a function from driver ``before`` to ``after``: set driver_override to
     ``override`` (None clears it), unbind, then probe; verified when ``after`` drives it.
 
-    ``after`` None: left driverless, as it was found."""
+    ``after`` None: left driverless, as it was found.  Functions of one ``lane`` (a GPU, with
+    all that leaves the host with it) are moved one after another, lanes at the same time."""
 
     address: PciAddress
     before: str | None
     after: str | None
     override: str | None
     why: str
+    lane: PciAddress | None = None
 
 
 @dataclass(frozen=True, slots=True)

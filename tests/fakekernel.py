@@ -15,6 +15,8 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from threading import RLock
+from typing import NoReturn
 
 from gpupt.edges.kernel import Kernel, refused_write, stuck
 
@@ -73,6 +75,15 @@ class FakeKernel(Kernel):
         self.loadable = set(loadable)
         self.faults = list(faults)
         self.writes: list[tuple[str, str]] = []
+        # Held while a write is at work: no death of the process falls into it, as none does
+        # with the kernel's own.
+        self.at_work = RLock()
+
+    def die(self) -> NoReturn:
+        """SIGKILL of the process, between the writes of its other threads."""
+        with self.at_work:
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError("SIGKILL comes back to nobody")
 
     def load_module(self, name: str) -> None:
         if name not in self.loadable:
@@ -80,6 +91,10 @@ class FakeKernel(Kernel):
         plant_driver(self.root, name)
 
     def write(self, path: PurePosixPath, text: str, *, deadline: float) -> None:
+        with self.at_work:
+            self.take(path, text, deadline=deadline)
+
+    def take(self, path: PurePosixPath, text: str, *, deadline: float) -> None:
         target = self.inside(path)
         if not target.exists():
             raise refused_write(path, text.strip(), errno.ENOENT)
@@ -89,7 +104,7 @@ class FakeKernel(Kernel):
         address = path.parts[4] if operation in {"driver_override", "reset"} else word
         fault = self.fault(operation, address)
         if fault is not None and fault.effect == "kill-before":
-            os.kill(os.getpid(), signal.SIGKILL)
+            self.die()
         if fault is not None and fault.effect == "stuck":
             raise stuck(path, word, deadline)
         if fault is not None and isinstance(fault.effect, int):
@@ -101,7 +116,7 @@ class FakeKernel(Kernel):
             if number:
                 raise refused_write(path, word, number)
         if fault is not None and fault.effect == "kill-after":
-            os.kill(os.getpid(), signal.SIGKILL)
+            self.die()
 
     def fault(self, operation: str, address: str) -> Fault | None:
         for fault in self.faults:

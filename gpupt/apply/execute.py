@@ -19,6 +19,7 @@ from gpupt.actions import (
     subject_of,
 )
 from gpupt.apply import host
+from gpupt.apply.lanes import in_lanes, run_lanes
 from gpupt.apply.world import World
 from gpupt.decide.inverse import FORWARD
 from gpupt.errors import Failed, GpuptError, Refused
@@ -56,9 +57,13 @@ def require_finished(world: World) -> None:
 def go_or_undo(plan: Plan, *, run: int, world: World) -> None:
     """All of the plan or nothing of it."""
     reached: list[JournalEntry] = []
+
+    def perform_step(step: int, action: Action) -> None:
+        one_step(JournalEntry(step, action, None, False), run=run, world=world, reached=reached)
+
     try:
-        for step, action in enumerate(plan.actions):
-            one_step(JournalEntry(step, action, None, False), run=run, world=world, reached=reached)
+        for lanes in in_lanes(plan.actions):
+            run_lanes(lanes, perform_step)
     except BaseException as error:
         said = undo_all(reached, run=run, world=world)
         if not isinstance(error, GpuptError):
@@ -103,17 +108,24 @@ def go_home(
     Ends the run either way: what failed stays on loan, for the next attach or down.
     """
     errors: list[GpuptError] = []
-    for step, action in enumerate(actions):
+
+    def try_step(step: int, action: Action) -> None:
         try:
             perform_step(step, action)
         except GpuptError as error:
             errors.append(error)
             # Nothing is taken from a node that could not be stopped.
             if not isinstance(action, BindFunction | EraseLoan | ResetGpu):
-                break
-        except KeyboardInterrupt:
-            world.narrate("interrupted; gpupt recover carries on from here")
-            raise
+                raise
+
+    try:
+        for lanes in in_lanes(actions):
+            run_lanes(lanes, try_step)
+    except GpuptError:
+        pass  # It is the last of the errors.
+    except KeyboardInterrupt:
+        world.narrate("interrupted; gpupt recover carries on from here")
+        raise
     if errors:
         world.journal.end(run, outcome="failed")
         first = errors[0]

@@ -58,11 +58,16 @@ def plan_detach(
             remedy="; ".join(dict.fromkeys(reason.remedy for reason in reasons if reason.remedy)),
         )
     known = {o.address: o for loan in loans.values() for o in loan.origins}
+    # Every loan is on record before the first card moves: then cards move at the same time.
     actions: list[Action] = []
+    moves: list[Action] = []
+    lanes: dict[PciAddress, PciAddress] = {}
     moved: set[PciAddress] = set()
     lasting: dict[PciAddress, tuple[FunctionOrigin, ...]] = {}
     for gpu in wanted:
         functions = closure(host, gpu)
+        for address in functions:
+            lanes.setdefault(address, gpu.address)
         if gpu.address not in loans:
             for address in functions:
                 device = host.devices[address]
@@ -80,7 +85,7 @@ def plan_detach(
             device = host.devices[address]
             if device.binding.driver != VFIO and address not in moved:
                 moved.add(address)
-                actions.append(
+                moves.append(
                     BindFunction(
                         address=address,
                         before=device.binding.driver,
@@ -88,8 +93,10 @@ def plan_detach(
                         override=VFIO,
                         why=f"{device.binding.driver or 'no driver'} → {VFIO}: "
                         + why_taken(gpu, address),
+                        lane=lanes[address],
                     )
                 )
+    actions += moves
     if persist is not None:
         # Last, so that no boot takes a card that could not be taken now.
         actions += persisting(lasting, boot=persist)
@@ -136,7 +143,7 @@ def plan_attach(
                 continue
             moved.add(origin.address)
             if device.binding != origin.binding:
-                actions.append(return_home(origin, device))
+                actions.append(return_home(origin, device, lane=loan.gpu))
     actions.extend(
         EraseLoan(loan.gpu, why="once every function is verified to be back") for loan in returning
     )
@@ -144,7 +151,9 @@ def plan_attach(
     return Plan("attach", names or "no GPU", tuple(actions))
 
 
-def return_home(origin: FunctionOrigin, device: PciDevice) -> BindFunction:
+def return_home(
+    origin: FunctionOrigin, device: PciDevice, *, lane: PciAddress | None = None
+) -> BindFunction:
     """The move of a function back to where its loan says it came from."""
     now, then = device.binding.driver or "no driver", origin.binding.driver or "no driver"
     return BindFunction(
@@ -153,6 +162,7 @@ def return_home(origin: FunctionOrigin, device: PciDevice) -> BindFunction:
         after=origin.binding.driver,
         override=origin.binding.override,
         why=f"{now} → {then}: where it came from",
+        lane=lane,
     )
 
 

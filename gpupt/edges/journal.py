@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -101,6 +102,8 @@ class Journal:
 
     def __init__(self, state: Path) -> None:
         self.file = state / FILE
+        # Cards are moved at the same time, and their steps written one after another.
+        self.turn = Lock()
         self.lock = take_lock(state)
         try:
             with speaking_of(self.file):
@@ -128,7 +131,7 @@ class Journal:
     @property
     def ledger(self) -> Ledger:
         """The ledger as it is now."""
-        with speaking_of(self.file):
+        with self.turn, speaking_of(self.file):
             return ledger_in(self.connection)
 
     def begin(self, plan: Plan) -> int:
@@ -184,7 +187,7 @@ class Journal:
 
     def put(self, statement: str, *values: str | int) -> int:
         """One change, on the disk when this returns; the number of the row it made."""
-        with speaking_of(self.file):
+        with self.turn, speaking_of(self.file):
             return int(self.connection.execute(statement, values).lastrowid or 0)
 
 
@@ -192,7 +195,7 @@ def connect_to_write(file: Path) -> sqlite3.Connection:
     """The database with its tables; every statement is a transaction of its own."""
     import sqlite3
 
-    connection = sqlite3.connect(file, isolation_level=None, timeout=10)
+    connection = sqlite3.connect(file, isolation_level=None, timeout=10, check_same_thread=False)
     try:
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")

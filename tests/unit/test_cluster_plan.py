@@ -61,7 +61,7 @@ def test_up_from_nothing() -> None:
     assert kinds(plan) == [
         "BakeImage",
         "MakeCluster",
-        *("RecordLoan", "BindFunction", "RecordLoan", "BindFunction", "BindFunction"),
+        *("RecordLoan", "RecordLoan", "BindFunction", "BindFunction", "BindFunction"),
         *("LendGpu", "LendGpu"),
         "StartNetwork",
         *("StartNode", "StartNode", "StartNode"),

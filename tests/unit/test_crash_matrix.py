@@ -7,10 +7,8 @@ are held to what is counted here.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,7 +108,7 @@ class Site:
         def boundary(point: str, action: Action) -> None:
             nonlocal passed
             if passed == at:
-                os.kill(os.getpid(), signal.SIGKILL)
+                self.kernel.die()
             passed += 1
 
         return killed(lambda: self.run(plan, boundary=boundary))

@@ -70,7 +70,7 @@ def run_and_die(kernel: FakeKernel, state: Path, plan: Plan, *, at: int | None =
     def boundary(point: str, action: Action) -> None:
         nonlocal passed
         if passed == at:
-            os.kill(os.getpid(), signal.SIGKILL)
+            kernel.die()
         passed += 1
 
     def work() -> None:

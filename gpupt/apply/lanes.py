@@ -1,0 +1,69 @@
+"""Moves of functions on several cards at the same time: one unbind may take seconds.
+
+The functions of one card, and of all that leaves the host with it, are moved one after
+another in a lane; lanes have no IOMMU group and no slot in common.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
+from threading import Event
+from typing import TypeAlias
+
+from gpupt.actions import Action, BindFunction
+
+Lane: TypeAlias = Sequence[tuple[int, Action]]
+MOST_LANES = 16
+
+
+def in_lanes(actions: Sequence[Action]) -> Iterator[tuple[Lane, ...]]:
+    """The actions in their order, each with its step: what stands together in a tuple may
+    run at the same time."""
+    steps = list(enumerate(actions))
+    for moves, stretch in groupby(steps, key=lambda each: isinstance(each[1], BindFunction)):
+        if not moves:
+            yield from (([each],) for each in stretch)
+            continue
+        lanes: dict[object, list[tuple[int, Action]]] = {}
+        for step, action in stretch:
+            assert isinstance(action, BindFunction)
+            lanes.setdefault(action.lane, []).append((step, action))
+        # A move that belongs to no lane might have to do with any other.
+        if None in lanes:
+            yield (sorted(each for lane in lanes.values() for each in lane),)
+        else:
+            yield tuple(lanes.values())
+
+
+def run_lanes(lanes: Sequence[Lane], perform_step: Callable[[int, Action], None]) -> None:
+    """Perform every lane; when one raises, the others end with the step that they are in.
+
+    Returns, or raises the error of the first lane that has one, once no step runs any more:
+    what undoes never meets what does.  Ctrl-C and SIGTERM come to the main thread, and wait
+    for the writes that are under way; those have deadlines.
+    """
+    if len(lanes) == 1:
+        for step, action in lanes[0]:
+            perform_step(step, action)
+        return
+    stop = Event()
+
+    def work(lane: Lane) -> None:
+        for step, action in lane:
+            if stop.is_set():
+                return
+            try:
+                perform_step(step, action)
+            except BaseException:
+                stop.set()
+                raise
+
+    with ThreadPoolExecutor(max_workers=min(len(lanes), MOST_LANES)) as pool:
+        try:
+            for future in [pool.submit(work, lane) for lane in lanes]:
+                future.result()
+        except BaseException:
+            stop.set()
+            raise
