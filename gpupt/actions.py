@@ -32,6 +32,27 @@ class BindFunction:
 
 
 @dataclass(frozen=True, slots=True)
+class SetAttribute:
+    """Make a file of sysfs hold ``value``, where ``before`` was; verified by reading it."""
+
+    path: str
+    value: str
+    before: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseFramebuffer:
+    """Take the firmware's framebuffer from its driver: it writes into the boot GPU's memory.
+
+    It does not come back before the next boot; the GPU's own driver brings another."""
+
+    driver: str
+    device: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class ReleaseFunction:
     """Clear the driver_override of a function that no loan knows, and let the kernel choose
     its driver; verified when no override is left."""
@@ -271,6 +292,8 @@ Action: TypeAlias = (
     | ResetGpu
     | FenceGpu
     | UnfenceGpu
+    | SetAttribute
+    | ReleaseFramebuffer
     | BakeImage
     | MakeCluster
     | RemoveCluster
@@ -338,6 +361,10 @@ def subject_of(action: Action) -> str:
             return str(action.gpu)
         case ResetGpu() | FenceGpu() | UnfenceGpu():
             return str(action.gpu)
+        case SetAttribute():
+            return f"/{action.path}"
+        case ReleaseFramebuffer():
+            return action.device
         case BakeImage():
             return "+".join(action.rolls)
         case MakeCluster() | StartNetwork():

@@ -100,6 +100,16 @@ class FakeKernel(Kernel):
             raise refused_write(path, text.strip(), errno.ENOENT)
         word = text.strip()
         self.writes.append((f"/{path}", word))
+        if path.parts[1] == "class" or path.name == "d3cold_allowed":
+            fault = self.fault("attribute", str(path))
+            if fault is not None and isinstance(fault.effect, int):
+                raise refused_write(path, word, fault.effect)
+            if fault is None:
+                target.write_text(f"{word}\n")
+            return
+        if path.parts[2] == "platform":
+            (target.parent / word).unlink()
+            return
         operation = path.name
         address = path.parts[4] if operation in {"driver_override", "reset"} else word
         fault = self.fault(operation, address)

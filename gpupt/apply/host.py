@@ -20,9 +20,11 @@ from gpupt.actions import (
     LendGpu,
     PersistLoan,
     RecordLoan,
+    ReleaseFramebuffer,
     ReleaseFunction,
     ResetGpu,
     ReturnGpu,
+    SetAttribute,
     UnfenceGpu,
     UnpersistLoan,
 )
@@ -32,7 +34,7 @@ from gpupt.edges.bootrules import remove_rule, write_rule
 from gpupt.edges.kernel import Kernel
 from gpupt.errors import DeadlineExceeded, Failed
 from gpupt.model.gpus import is_another_card
-from gpupt.model.host import Fence, Loan
+from gpupt.model.host import Attribute, Fence, Loan
 from gpupt.model.pci import DriverBinding, PciAddress
 
 HostAction: TypeAlias = (
@@ -47,6 +49,8 @@ HostAction: TypeAlias = (
     | ResetGpu
     | FenceGpu
     | UnfenceGpu
+    | SetAttribute
+    | ReleaseFramebuffer
 )
 
 
@@ -81,6 +85,10 @@ def perform(action: Action, world: World) -> None:
             write_rule(world.kernel.root, gpu, rule)
         case UnpersistLoan(gpu=gpu):
             remove_rule(world.kernel.root, gpu)
+        case SetAttribute(path=path, value=value):
+            set_attribute(Attribute(path, value), world)
+        case ReleaseFramebuffer(driver=driver, device=framebuffer):
+            world.kernel.release_framebuffer(driver, framebuffer)
         case ResetGpu(gpu=gpu):
             reset_gpu(gpu, world)
         case FenceGpu(fence=fence):
@@ -205,6 +213,11 @@ def erase_loan(gpu: PciAddress, world: World) -> None:
             astray.append(
                 f"{origin.address}: {in_words(now)}, came from {in_words(origin.binding)}"
             )
+        astray += [
+            f"/{was.path} is {held}, was {was.value}"
+            for was in origin.attributes
+            if (held := world.kernel.attribute(was.path)) not in {None, was.value}
+        ]
     if astray:
         raise Failed(
             f"{gpu} is not back where it came from",
@@ -250,6 +263,24 @@ def release_function(action: ReleaseFunction, kernel: Kernel) -> None:
         kernel.probe(action.address)
     if kernel.binding(action.address).override is not None:
         verify(action.address, DriverBinding(now.driver, None), kernel=kernel)
+
+
+def set_attribute(wanted: Attribute, world: World) -> None:
+    """Make a file of sysfs hold a value; one that is gone went with its device."""
+    now = world.kernel.attribute(wanted.path)
+    if now is None:
+        world.narrate(f"/{wanted.path} is not there any more: left alone")
+        return
+    if now == wanted.value:
+        return
+    world.kernel.set_attribute(wanted.path, wanted.value)
+    now = world.kernel.attribute(wanted.path)
+    if now != wanted.value:
+        raise Failed(
+            f"/{wanted.path} does not become {wanted.value}",
+            details=f"the kernel reported success, and it is {now or 'gone'}",
+            remedy="dmesg holds the kernel's reason, if it gives one",
+        )
 
 
 def take(address: PciAddress, driver: str, *, kernel: Kernel) -> None:

@@ -16,6 +16,7 @@ from gpupt.cli.naming import named_gpu
 from gpupt.decide.binding import Loans, choose_all, plan_attach, plan_detach
 from gpupt.decide.viability import Preflight, closure
 from gpupt.edges.bootrules import read_boot_rules
+from gpupt.edges.display import read_display
 from gpupt.edges.holders import read_holders, vfio_to_be_had
 from gpupt.edges.journal import Journal, read_ledger
 from gpupt.edges.kernel import Kernel
@@ -171,6 +172,7 @@ def read_preflight(
         holders=read_holders(reader, host, functions),
         boot_gpu=boot_gpu,
         fences=fences,
+        display=read_display(reader),
     )
 
 

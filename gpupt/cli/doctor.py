@@ -10,6 +10,7 @@ import click
 from gpupt.cli.context import Settings, common
 from gpupt.cli.host import terminal_colour
 from gpupt.errors import BadInput, GpuptError
+from gpupt.model.facts import Guest
 
 
 @click.command()
@@ -36,8 +37,8 @@ def doctor(settings: Settings, *, probe_kvm: bool) -> None:
     host = read_host(settings.root, whole=True)
     unread: dict[str, str] = {}
     kvm = kvm_verdict(settings, unread, probe=probe_kvm)
-    libvirt = libvirt_verdict(settings, unread)
-    facts = read_facts(settings.root, host, kvm=kvm, libvirt=libvirt, unread=unread)
+    libvirt, guests = ask_libvirt(settings, unread)
+    facts = read_facts(settings.root, host, kvm=kvm, libvirt=libvirt, guests=guests, unread=unread)
     diagnosis = diagnose(host, ledger=read_ledger(settings.state), facts=facts)
     if settings.as_json:
         from gpupt.report.hostjson import doctor_json
@@ -77,17 +78,22 @@ def kvm_verdict(settings: Settings, unread: dict[str, str], *, probe: bool) -> s
     return None if verdict.usable else verdict.why
 
 
-def libvirt_verdict(settings: Settings, unread: dict[str, str]) -> GpuptError | None:
-    """What libvirt answers, when it is an error; raises BadInput for a wrong --connect."""
+def ask_libvirt(
+    settings: Settings, unread: dict[str, str]
+) -> tuple[GpuptError | None, tuple[Guest, ...]]:
+    """What libvirt answers, when it is an error, and the guests that it has; raises BadInput for
+    a wrong --connect."""
     if settings.root.resolve() != Path("/"):
-        unread["libvirt-unreachable"] = "only the running machine's libvirt can be asked"
-        return None
+        for name in ("libvirt-unreachable", "guest-topology"):
+            unread[name] = "only the running machine's libvirt can be asked"
+        return None, ()
     from gpupt.edges.hypervisor import Hypervisor
 
     try:
-        Hypervisor.connect(settings.connect).close()
+        with Hypervisor.connect(settings.connect) as hypervisor:
+            return None, hypervisor.guests()
     except BadInput:
         raise
     except GpuptError as error:
-        return error
-    return None
+        unread["guest-topology"] = error.brief
+        return error, ()

@@ -12,7 +12,9 @@ from gpupt.actions import (
     Ledger,
     Plan,
     RecordLoan,
+    ReleaseFramebuffer,
     ReleaseFunction,
+    SetAttribute,
     UnfenceGpu,
     UnpersistLoan,
 )
@@ -20,7 +22,16 @@ from gpupt.decide.persistence import persisting, unpersisting
 from gpupt.decide.viability import Preflight, assess_lending, closure, moved_functions
 from gpupt.errors import BadInput, Refused
 from gpupt.model.gpus import VFIO, identity_of
-from gpupt.model.host import Fence, FunctionOrigin, Gpu, Holder, Host, Loan
+from gpupt.model.host import (
+    Attribute,
+    Display,
+    Fence,
+    FunctionOrigin,
+    Gpu,
+    Holder,
+    Host,
+    Loan,
+)
 from gpupt.model.pci import PciAddress, PciDevice
 from gpupt.model.persistence import BootRules
 
@@ -60,7 +71,7 @@ def plan_detach(
     known = {o.address: o for loan in loans.values() for o in loan.origins}
     # Every loan is on record before the first card moves: then cards move at the same time.
     actions: list[Action] = []
-    moves: list[Action] = []
+    moves: list[BindFunction] = []
     lanes: dict[PciAddress, PciAddress] = {}
     moved: set[PciAddress] = set()
     lasting: dict[PciAddress, tuple[FunctionOrigin, ...]] = {}
@@ -70,10 +81,7 @@ def plan_detach(
             lanes.setdefault(address, gpu.address)
         if gpu.address not in loans:
             for address in functions:
-                device = host.devices[address]
-                known.setdefault(
-                    address, FunctionOrigin(address, identity_of(device), device.binding)
-                )
+                known.setdefault(address, origin_of(host.devices[address], preflight.display))
             origins = tuple(known[address] for address in functions)
             why = "note where each function came from, before the first write"
             actions.append(RecordLoan(gpu.address, origins, why=why))
@@ -96,11 +104,44 @@ def plan_detach(
                         lane=lanes[address],
                     )
                 )
+    going = {action.address for action in moves}
+    actions += quieting([o for o in known.values() if o.address in going], host=host)
+    if any(host.devices[address].boot_vga for address in going):
+        why = "the firmware draws into the boot GPU's memory"
+        actions += [ReleaseFramebuffer(*each, why=why) for each in preflight.display.framebuffers]
     actions += moves
     if persist is not None:
         # Last, so that no boot takes a card that could not be taken now.
         actions += persisting(lasting, boot=persist)
     return Plan("detach", " ".join(str(gpu.address) for gpu in wanted), tuple(actions))
+
+
+def origin_of(device: PciDevice, display: Display) -> FunctionOrigin:
+    """What of a function, and of what leans on it, is to be restored one day."""
+    attributes = []
+    if device.d3cold_allowed:
+        path = f"sys/bus/pci/devices/{device.address}/d3cold_allowed"
+        attributes.append(Attribute(path, "1"))
+    if device.boot_vga:
+        attributes += [Attribute(path, "1") for path in display.consoles]
+    return FunctionOrigin(device.address, identity_of(device), device.binding, tuple(attributes))
+
+
+def quieting(origins: Sequence[FunctionOrigin], *, host: Host) -> list[Action]:
+    """What is done to functions before they leave their drivers."""
+    actions: list[Action] = []
+    for origin in origins:
+        for was in origin.attributes:
+            cold = was.path.endswith("/d3cold_allowed")
+            if cold and not host.devices[origin.address].d3cold_allowed:
+                continue
+            why = (
+                "some cards do not come back when the kernel cuts their power"
+                if cold
+                else "the console draws on the boot GPU"
+            )
+            actions.append(SetAttribute(was.path, "0", was.value, why=why))
+    return actions
 
 
 def why_taken(gpu: Gpu, address: PciAddress) -> str:
@@ -144,6 +185,13 @@ def plan_attach(
             moved.add(origin.address)
             if device.binding != origin.binding:
                 actions.append(return_home(origin, device, lane=loan.gpu))
+    actions.extend(
+        SetAttribute(was.path, was.value, "0", why="as it was")
+        for loan in returning
+        for origin in loan.origins
+        if origin.address in moved
+        for was in origin.attributes
+    )
     actions.extend(
         EraseLoan(loan.gpu, why="once every function is verified to be back") for loan in returning
     )

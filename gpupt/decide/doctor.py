@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from gpupt.actions import Ledger
 from gpupt.decide import doctor_cards as cards
+from gpupt.decide import doctor_guests as guests
 from gpupt.decide import doctor_host as machine
 from gpupt.model.facts import HostFacts
 from gpupt.model.host import Finding, Host, Severity
@@ -44,14 +45,13 @@ CHECKS: Mapping[str, Check] = {
     "libvirt-unreachable": machine.libvirt_unreachable,
     "lost-device": cards.lost_device,
     "sriov-active": cards.sriov_active,
+    "guest-bar-window": guests.guest_bar_window,
+    "slow-bar-map": guests.slow_bar_map,
+    "guest-topology": guests.guest_topology,
 }
-IN_GUEST = "belongs to a guest: gpupt up looks at each node, gpupt render shows its domain"
 # What only shows when something is done, and who looks at it then.
 ELSEWHERE: Mapping[str, str] = {
     "bind-silent": "seen as a function is bound: detach and attach verify the driver link",
-    "guest-bar-window": IN_GUEST,
-    "slow-bar-map": IN_GUEST,
-    "guest-topology": IN_GUEST,
 }
 ORDER = (Severity.FAIL, Severity.WARN, Severity.INFO)
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from gpupt.actions import Ledger
+from gpupt.decide.holding import holder_line, way_to_stop
 from gpupt.decide.viability import HARMLESS, closure, is_endpoint
 from gpupt.model.facts import HostFacts
 from gpupt.model.gpus import NVIDIA, state_of
-from gpupt.model.host import Finding, Gpu, GpuState, Host, Severity
+from gpupt.model.host import Critical, Finding, Gpu, GpuState, Host, Severity
 
 AMD = 0x1002
 # Families whose bus reset leaves the card dead until power is cut: Polaris, Vega, Navi 1x
@@ -59,7 +60,8 @@ def group_not_viable(host: Host, ledger: Ledger, facts: HostFacts) -> Iterator[F
                 named,
                 remedy,
             )
-        else:
+        elif not critical_with(host, gpu):
+            # Else they cannot go along, and group-host-critical says so.
             yield Finding(
                 "group-not-viable",
                 Severity.WARN,
@@ -73,17 +75,22 @@ def group_not_viable(host: Host, ledger: Ledger, facts: HostFacts) -> Iterator[F
 def group_host_critical(host: Host, ledger: Ledger, facts: HostFacts) -> Iterator[Finding]:
     """What would leave with the GPU holds the host's disk or its way out."""
     for gpu in host.gpus:
-        functions = closure(host, gpu)
-        for entry in host.critical:
-            if entry.address in functions:
-                yield Finding(
-                    "group-host-critical",
-                    Severity.FAIL,
-                    str(gpu.address),
-                    "its IOMMU group holds a device that the host needs",
-                    (f"{entry.address}: {entry.why}",),
-                    "move the card to another slot; an ACS override would weaken isolation",
-                )
+        needed = critical_with(host, gpu)
+        if needed:
+            yield Finding(
+                "group-host-critical",
+                Severity.FAIL,
+                str(gpu.address),
+                "its IOMMU group holds a device that the host needs",
+                tuple(f"{entry.address}: {entry.why}" for entry in needed),
+                "move the card to another slot; an ACS override would weaken isolation",
+            )
+
+
+def critical_with(host: Host, gpu: Gpu) -> tuple[Critical, ...]:
+    """What the host cannot do without, of all that would leave with the GPU."""
+    functions = closure(host, gpu)
+    return tuple(entry for entry in host.critical if entry.address in functions)
 
 
 def companion_missed(host: Host, ledger: Ledger, facts: HostFacts) -> Iterator[Finding]:
@@ -137,27 +144,33 @@ def is_firmware(name: str) -> bool:
 
 
 def device_held(host: Host, ledger: Ledger, facts: HostFacts) -> Iterator[Finding]:
-    """Processes have a GPU of the host open."""
+    """Processes have a GPU of the host open, or its driver keeps it in use for none."""
     for gpu in host.gpus:
         if for_guests(gpu, ledger):
             continue
         held = [
-            f"PID {holder.pid} ({holder.command}) has {holder.node} open"
+            holder
             for address in (gpu.address, *gpu.companions)
             for holder in facts.holders.get(address, ())
         ]
-        if held:
-            nvidia = gpu.device.binding.driver == "nvidia"
-            yield Finding(
-                "device-held",
-                Severity.WARN,
-                str(gpu.address),
-                "processes hold it: detach is refused until they end",
-                tuple(held),
-                f"stop them; then nvidia-smi -i {gpu.address} -pm 0 (persistence has no fd)"
-                if nvidia
-                else "stop them",
-            )
+        if not held:
+            continue
+        ways = dict.fromkeys(way_to_stop(holder) for holder in held if holder.pid)
+        persistence = (
+            (f"nvidia-smi -i {gpu.address} -pm 0 (persistence has no fd)",)
+            if gpu.device.binding.driver == "nvidia"
+            else ()
+        )
+        yield Finding(
+            "device-held",
+            Severity.WARN if ways else Severity.INFO,
+            str(gpu.address),
+            "processes hold it: detach is refused until they end"
+            if ways
+            else "its driver keeps it in use: persistence mode, or nvidia-drm's modeset",
+            tuple(holder_line(holder) for holder in held),
+            "; then ".join(("; ".join(ways), *persistence) if ways else persistence),
+        )
 
 
 def iommufd_busy(host: Host, ledger: Ledger, facts: HostFacts) -> Iterator[Finding]:
@@ -214,15 +227,21 @@ def host_bar_window(host: Host, ledger: Ledger, facts: HostFacts) -> Iterator[Fi
 
 def no_reset(host: Host, ledger: Ledger, facts: HostFacts) -> Iterator[Finding]:
     """The card cannot be reset between guests, or not well."""
+    # From 5.15 on, the kernel makes a reset_method file for what it can reset, and no other.
+    told = any(device.reset_methods is not None for device in host.devices.values())
     for gpu in host.gpus:
         methods, identifier = gpu.device.reset_methods, gpu.device.id
-        if methods == ():
+        if methods == () or (methods is None and told and not gpu.device.boot_vga):
             yield Finding(
                 "no-reset",
                 Severity.WARN,
                 str(gpu.address),
                 "it offers no way to be reset",
-                ("reset_method is empty",),
+                (
+                    "reset_method is empty"
+                    if methods == ()
+                    else "it has no reset_method file, and other functions have one",
+                ),
                 "a guest that reboots may find it unusable; power the host off between guests",
             )
         elif (
@@ -286,7 +305,7 @@ def nvswitch(host: Host, ledger: Ledger, facts: HostFacts) -> Iterator[Finding]:
             f"{len(switches)} NVSwitches join the GPUs: CUDA in a guest needs a fabric partition",
             tuple(f"{device.address}  {device.id}" for device in switches),
             "run the fabric manager with FABRIC_MODE=1 and activate a partition for the set of "
-            "GPUs; lending all of them and the switches to one node needs none",
+            "GPUs; gpupt lends no switches, so this is so for a node with all of them too",
         )
 
 

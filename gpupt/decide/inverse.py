@@ -19,6 +19,7 @@ from gpupt.actions import (
     RemoveCluster,
     ReturnGpu,
     Run,
+    SetAttribute,
     StartNetwork,
     StartNode,
     StopNetwork,
@@ -55,6 +56,8 @@ def inverse(entry: JournalEntry) -> Action | None:
             return UnpersistLoan(gpu, why="the loan did not come about")
         case PersistLoan(gpu=gpu, rule=rule, before=str() as before):
             return PersistLoan(gpu, before, rule, why="back to the rule that was there")
+        case SetAttribute(path=path, value=value, before=was):
+            return SetAttribute(path, was, value, why=f"back to {was}, as it was")
         case FenceGpu(gpu=gpu, fence=fence, before=None):
             return UnfenceGpu(gpu, fence, why="the fence did not come about")
         case FenceGpu(gpu=gpu, fence=fence, before=Fence() as before):

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
+from gpupt.decide.holding import holder_line, way_to_stop
 from gpupt.model.gpus import VFIO, fence_of, identity_of
-from gpupt.model.host import Fence, Finding, Gpu, Holder, Host, Loan, Severity
+from gpupt.model.host import Display, Fence, Finding, Gpu, Holder, Host, Loan, Severity
 from gpupt.model.pci import PciAddress, PciDevice
 
 # Drivers under which a group member does not disturb passthrough (driver_managed_dma in the
@@ -17,12 +18,14 @@ HARMLESS = frozenset({"pcieport", "pci-stub", VFIO})
 @dataclass(frozen=True, slots=True)
 class Preflight:
     """What a plan needs to know beyond the host: is vfio-pci to be had, who holds which GPU,
-    which GPUs are fenced, and whether the person allows the boot GPU to be taken."""
+    which GPUs are fenced, what draws on the boot display, and whether the person allows the
+    boot GPU to be taken."""
 
     vfio: bool = True
     holders: Mapping[PciAddress, tuple[Holder, ...]] = field(default_factory=dict)
     boot_gpu: bool = False
     fences: Mapping[PciAddress, Fence] = field(default_factory=dict)
+    display: Display = field(default_factory=Display)
 
 
 def closure(host: Host, gpu: Gpu) -> tuple[PciAddress, ...]:
@@ -233,13 +236,15 @@ def about_vfio(gpu: Gpu, functions: list[PciDevice], *, preflight: Preflight) ->
         )
     for device in functions:
         for holder in preflight.holders.get(device.address, ()):
-            yield refusal(
-                "device-held",
-                gpu,
-                "a process holds it",
-                f"PID {holder.pid} ({holder.command}) has {holder.node} open",
-                remedy="stop the processes that hold it",
-            )
+            # A driver that keeps its card in use lets go of it when it is unbound.
+            if holder.pid:
+                yield refusal(
+                    "device-held",
+                    gpu,
+                    "a process holds it",
+                    holder_line(holder),
+                    remedy=way_to_stop(holder),
+                )
 
 
 def refusal(id: str, gpu: Gpu, brief: str, *evidence: str, remedy: str) -> Finding:

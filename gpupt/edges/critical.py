@@ -7,6 +7,7 @@ that, or cut off.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 
 from gpupt.edges.sysfs import Reader
@@ -32,7 +33,8 @@ def find_critical(reader: Reader) -> tuple[Critical, ...]:
 
 def disks(reader: Reader) -> Iterator[tuple[PciAddress, str]]:
     """Controllers of what is mounted or swapped to."""
-    root_known = False
+    root_known = pool = False
+    told: set[PciAddress] = set()
     for line in reader.whole("proc/self/mountinfo").splitlines():
         # proc_pid_mountinfo(5): ID parent major:minor root mount-point options … - type source
         before, _, after = line.partition(" - ")
@@ -45,15 +47,27 @@ def disks(reader: Reader) -> Iterator[tuple[PciAddress, str]]:
             addresses = list(under_device(reader, source))
         if fields[4] == "/":
             root_known = root_known or bool(addresses) or kind in DISKLESS
+        pool = pool or kind == "zfs"
         for address in addresses:
+            told.add(address)
             yield address, f"{fields[4]} is on it"
+    for address in sorted(set(under_btrfs(reader)) - told):
+        yield address, "a mounted btrfs is on it"
     for line in reader.whole("proc/swaps").splitlines()[1:]:
         for address in under_device(reader, line.split()[0] if line.split() else ""):
             yield address, "swap is on it"
-    if not root_known:
-        # Such as ZFS, whose mounts name no device: then no storage controller is taken.
+    # The mounts of ZFS name no device: then no storage controller is taken.
+    if not root_known or pool:
+        what = "a ZFS pool is mounted" if root_known else "the disk of / is not known"
         for address in of_class(reader, 0x01):
-            yield address, "the disk of / is not known, and this may be it"
+            yield address, f"{what}, and this may be {'part of ' if root_known else ''}it"
+
+
+def under_btrfs(reader: Reader) -> Iterator[PciAddress]:
+    """The functions under every disk of a mounted btrfs: a mount names one of them only."""
+    for filesystem in reader.names("sys/fs/btrfs"):
+        for disk in reader.names(f"sys/fs/btrfs/{filesystem}/devices"):
+            yield from under_block(reader, f"sys/fs/btrfs/{filesystem}/devices/{disk}")
 
 
 def uplinks(reader: Reader) -> Iterator[tuple[PciAddress, str]]:
@@ -95,7 +109,7 @@ def under_interface(reader: Reader, interface: str) -> Iterator[PciAddress]:
         seen.add(name)
         if folder is None:
             continue
-        yield from last_function(folder)
+        yield from functions_above(folder)
         waiting += [below[6:] for below in reader.names(folder) if below.startswith("lower_")]
         waiting += reader.names(f"{folder}/brif")
 
@@ -118,21 +132,42 @@ def under_block(reader: Reader, path: str) -> Iterator[PciAddress]:
         if folder is None or folder in seen:
             continue
         seen.add(folder)
-        yield from last_function(folder)
+        yield from functions_above(folder)
+        yield from nvme_controllers(reader, folder)
         # A partition's slaves are its disk's: the disk is the folder above.
         for holder in (folder, os.path.dirname(folder)):
             waiting += [f"sys/class/block/{name}" for name in reader.names(f"{holder}/slaves")]
 
 
-def last_function(folder: str) -> Iterator[PciAddress]:
-    """The PCI function nearest to a device, from its path under sys/devices."""
-    for part in reversed(folder.split("/")):
-        if part.count(":") == 2 and part[-2:-1] == ".":
+def nvme_controllers(reader: Reader, folder: str) -> Iterator[PciAddress]:
+    """The functions of a disk of NVMe multipath, which is below no function itself: its
+    subsystem has a link to each of its controllers."""
+    parts = folder.split("/")
+    if "nvme-subsystem" not in parts:
+        return
+    subsystem = "/".join(parts[: parts.index("nvme-subsystem") + 2])
+    for name in reader.names(subsystem):
+        controller = folder_of(reader, f"{subsystem}/{name}")
+        if controller is not None and re.fullmatch(r"nvme\d+", name):
+            yield from functions_above(controller)
+
+
+def functions_above(folder: str) -> Iterator[PciAddress]:
+    """The PCI function nearest to a device, from its path under sys/devices, and each one that
+    the host bridge of a nearer one hangs on (Intel's VMD): its whole domain leaves with it."""
+    parts = folder.split("/")
+    nearest = True
+    for number in range(len(parts) - 1, -1, -1):
+        name = parts[number]
+        below = parts[number + 1] if number + 1 < len(parts) else ""
+        if not nearest and not re.fullmatch(r"pci[0-9a-f]+:[0-9a-f]{2}", below):
+            continue
+        if name.count(":") == 2 and name[-2:-1] == ".":
             try:
-                yield PciAddress.parse(part)
+                yield PciAddress.parse(name)
             except BadInput:
                 continue
-            return
+            nearest = False
 
 
 def folder_of(reader: Reader, path: str) -> str | None:

@@ -1,39 +1,76 @@
-"""Finds the processes that hold a GPU's device nodes open."""
+"""Finds the processes that have a GPU's device nodes open or mapped, and what runs them."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from pathlib import Path
 
+from gpupt.edges.cgroups import Place, place_of
 from gpupt.edges.sysfs import Reader
 from gpupt.model.host import Holder, Host, Loan
 from gpupt.model.pci import PciAddress, PciDevice
 
+# Who has one of these open may map another of them and close it.
+STACK = ("/dev/nvidia", "/dev/dri/", "/dev/kfd")
+
 
 def read_holders(
-    reader: Reader, host: Host, addresses: Iterable[PciAddress]
+    reader: Reader, host: Host, addresses: Iterable[PciAddress], *, whole: bool = False
 ) -> dict[PciAddress, tuple[Holder, ...]]:
-    """For each function, who has a node of it open; functions that nobody holds are absent.
+    """For each function, who has a node of it open or mapped; functions nobody holds are absent.
 
-    Other people's processes can be looked into only by root; those are named in
-    ``reader.denied``.
+    The mappings of a process are read where it has some node of a GPU open; with ``whole``,
+    those of every process, which takes as long again as the rest.  Then the kernel itself
+    (PID 0) is named too, where nvidia keeps a card in use for no process.  Other people's
+    processes can be looked into only by root: where they are not, ``reader.denied`` names them.
     """
+    devices = [host.devices[address] for address in addresses]
     owners: dict[str, list[PciAddress]] = {}
-    for address in addresses:
-        for node in device_nodes(reader, host.devices[address]):
-            owners.setdefault(node, []).append(address)
+    for device in devices:
+        for node in device_nodes(reader, device):
+            owners.setdefault(node, []).append(device.address)
     found: dict[PciAddress, list[Holder]] = {}
-    if not owners:
-        return {}
-    for pid in sorted(int(name) for name in reader.names("proc") if name.isdecimal()):
-        if pid == os.getpid():
+    denied = len(reader.denied)
+    # Who has VFIO's nodes keeps them open.
+    mappable = {node for node in owners if not node.startswith("/dev/vfio/")}
+    for pid in processes(reader) if owners else ():
+        opened = open_nodes(reader, pid)
+        if opened is None:
             continue
-        for node in sorted(open_nodes(reader, pid) & owners.keys()):
-            command = reader.text(f"proc/{pid}/comm") or "?"
+        mapped: set[str] = set()
+        if mappable and (whole or any(node.startswith(STACK) for node in opened)):
+            mapped = (mapped_nodes(reader, pid) & mappable) - opened
+        held = sorted((opened & owners.keys()) | mapped)
+        if not held:
+            continue
+        command = fit_to_print(reader.text(f"proc/{pid}/comm") or "?")
+        place = read_place(reader, pid)
+        for node in held:
             for address in owners[node]:
-                found.setdefault(address, []).append(Holder(pid, command, node))
+                holder = Holder(pid, command, node, node in mapped, *place)
+                found.setdefault(address, []).append(holder)
+    for device in devices if whole and len(reader.denied) == denied else ():
+        if device.address not in found and kept_in_use(reader, device):
+            found[device.address] = [Holder(0, "nvidia", "")]
     return {address: tuple(holders) for address, holders in found.items()}
+
+
+def processes(reader: Reader) -> list[int]:
+    """The processes of the machine other than this one."""
+    found = {int(name) for name in reader.names("proc") if name.isdecimal()}
+    return sorted(found - {os.getpid()})
+
+
+def kept_in_use(reader: Reader, device: PciDevice) -> bool:
+    """Whether nvidia has interrupts of a function: it gives them back when nobody uses it.
+
+    In persistence mode it does not (nv_stop_device in kernel-open/nvidia/nv.c of NVIDIA's open
+    kernel modules), and no file descriptor tells of that.  A card without MSI does not show.
+    """
+    folder = f"sys/bus/pci/devices/{device.address}/msi_irqs"
+    return device.binding.driver == "nvidia" and bool(reader.names(folder))
 
 
 def device_nodes(reader: Reader, device: PciDevice) -> set[str]:
@@ -63,27 +100,57 @@ def device_nodes(reader: Reader, device: PciDevice) -> set[str]:
     return nodes
 
 
-def open_nodes(reader: Reader, pid: int) -> set[str]:
-    """The device nodes that a process has open."""
-    folder = f"{reader.root}proc/{pid}/fd"
+def open_nodes(reader: Reader, pid: int) -> set[str] | None:
+    """The device nodes that a process has open; None: it ended, or may not be looked into."""
+    folder = f"proc/{pid}/fd"
     found: set[str] = set()
-    if not reader.is_inside(folder.removeprefix(reader.root)):
-        return found
+    if not reader.is_inside(folder):
+        return None
     try:
-        with os.scandir(folder) as entries:
+        with os.scandir(reader.root + folder) as entries:
             for entry in entries:
                 try:
                     target = os.readlink(entry.path)
                 except OSError:
                     continue
                 if target.startswith("/dev/"):
-                    found.add(target)
+                    found.add(target.removesuffix(" (deleted)"))
     except PermissionError:
-        reader.denied.append(f"/proc/{pid}/fd")
+        reader.denied.append(f"/{folder}")
+        return None
     except OSError:
         # The process ended meanwhile.
-        return set()
+        return None
     return found
+
+
+def mapped_nodes(reader: Reader, pid: int) -> set[str]:
+    """The device nodes in a process's memory; a mapping outlives the descriptor it came from."""
+    said = reader.whole(f"proc/{pid}/maps")
+    if " /dev/" not in said:
+        return set()
+    # Five fields, and what is mapped.
+    rows = (line.split(maxsplit=5) for line in said.splitlines())
+    return {row[5].removesuffix(" (deleted)") for row in rows if len(row) == 6}
+
+
+def fit_to_print(text: str) -> str:
+    """The text with whatever could move a terminal's cursor replaced, but for new lines."""
+    return "".join(each if each.isprintable() or each == "\n" else "?" for each in text)
+
+
+def read_place(reader: Reader, pid: int) -> Place:
+    """The systemd unit and the container of a process, and the domain of a libvirt guest."""
+    place = place_of(fit_to_print(reader.whole(f"proc/{pid}/cgroup")))
+    if place.runtime != "guest":
+        return place
+    # libvirt leaves out of the scope's name what no host name may have.
+    words = reader.whole(f"proc/{pid}/cmdline").split("\0")
+    for word, value in pairwise(words):
+        if word == "-name" and value.startswith("guest="):
+            name = value.removeprefix("guest=").replace(",,", "\0").partition(",")[0]
+            return place._replace(container=fit_to_print(name.replace("\0", ",")))
+    return place
 
 
 def vfio_to_be_had(reader: Reader) -> bool:

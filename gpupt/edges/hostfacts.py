@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from gpupt.edges.holders import read_holders, vfio_to_be_had
 from gpupt.edges.sysfs import Reader
 from gpupt.errors import GpuptError
-from gpupt.model.facts import HostFacts, MemoryLimits, Reserved, StuckUnbind, VfioClaim
+from gpupt.model.facts import Guest, HostFacts, MemoryLimits, Reserved, StuckUnbind, VfioClaim
 from gpupt.model.host import Host
 from gpupt.model.pci import PciAddress, PciId
 
@@ -22,12 +23,13 @@ def read_facts(
     *,
     kvm: str | None = None,
     libvirt: GpuptError | None = None,
+    guests: Sequence[Guest] = (),
     unread: Mapping[str, str] | None = None,
 ) -> HostFacts:
     """The facts of the machine under ``root``.
 
-    ``kvm`` and ``libvirt`` are what is wrong with these, found out elsewhere; ``unread``
-    says why checks of these could not run.
+    ``kvm`` and ``libvirt`` are what is wrong with these, found out elsewhere, and ``guests``
+    what libvirt tells; ``unread`` says why checks of these could not run.
     """
     reader = Reader(root)
     skipped = dict(unread or {})
@@ -42,8 +44,14 @@ def read_facts(
     aliases = reader.whole(f"lib/modules/{release}/modules.alias")
     if not aliases:
         skipped["wrong-vfio-flavour"] = "the running kernel's modules.alias is not readable"
-    if host.gpus and all(gpu.device.reset_methods is None for gpu in host.gpus):
+    if host.gpus and all(device.reset_methods is None for device in host.devices.values()):
         skipped["no-reset"] = "this kernel has no reset_method files (before 5.15)"
+    kernel = kernel_version(release)
+    if kernel is None:
+        skipped["slow-bar-map"] = "/proc/sys/kernel/osrelease is not readable"
+    bits = address_bits(reader)
+    if bits is None:
+        skipped["guest-bar-window"] = "/proc/cpuinfo shows no address sizes (x86 does)"
     if not (root / "proc/1").exists():
         for name in ("device-held", "iommufd-busy", "unbind-stuck"):
             skipped[name] = "no processes under this root"
@@ -65,6 +73,9 @@ def read_facts(
         stuck=tuple(stuck_unbinds(reader)),
         kvm=kvm,
         libvirt=libvirt,
+        guests=tuple(guests),
+        address_bits=bits,
+        kernel=kernel,
         unread=skipped,
     )
     denied = [path for path in reader.denied if path.endswith("/fd")]
@@ -72,6 +83,18 @@ def read_facts(
         skipped["device-held"] = f"{len(denied)} processes may be looked into by root only"
         skipped["iommufd-busy"] = skipped["device-held"]
     return facts
+
+
+def kernel_version(release: str | None) -> tuple[int, int] | None:
+    """The two numbers that a release such as ``6.12.41+deb13-amd64`` begins with."""
+    found = re.match(r"(\d{1,4})\.(\d{1,4})", release or "")
+    return None if found is None else (int(found[1]), int(found[2]))
+
+
+def address_bits(reader: Reader) -> int | None:
+    """The bits of a physical address, from ``address sizes : 46 bits physical, …``."""
+    bits = word_of(reader, "proc/cpuinfo", row="address sizes", word=3)
+    return int(bits) if bits is not None and bits.isdecimal() and 32 <= int(bits) <= 64 else None
 
 
 def interrupt_chips(reader: Reader) -> frozenset[str] | None:

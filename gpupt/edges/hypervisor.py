@@ -18,8 +18,10 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 from xml.etree import ElementTree
 
+from gpupt.edges.guests import guest_in
 from gpupt.errors import BadInput, DeadlineExceeded, Failed, GpuptError
 from gpupt.model.cluster import Capacity, Domain, Membership, Network, Role
+from gpupt.model.facts import Guest
 from gpupt.model.pci import PciAddress
 
 NAMESPACE = "https://gpupt.dev/ns/1"
@@ -131,6 +133,12 @@ class Hypervisor:
         """Every domain, running or not, by name."""
         found = self._call("list domains", lambda: self._connection.listAllDomains(0))
         read = [self._read(self._domain_of, each) for each in found]
+        return tuple(sorted((each for each in read if each), key=lambda each: each.name))
+
+    def guests(self) -> tuple[Guest, ...]:
+        """Every domain that has PCI functions of the host, anybody's, by name."""
+        found = self._call("list domains", lambda: self._connection.listAllDomains(0))
+        read = [self._read(self._guest_of, each) for each in found]
         return tuple(sorted((each for each in read if each), key=lambda each: each.name))
 
     def domain(self, name: str) -> Domain | None:
@@ -263,6 +271,10 @@ class Hypervisor:
             hostdevs=_hostdevs_in(root),
             type=root.get("type", ""),
         )
+
+    @staticmethod
+    def _guest_of(handle: Any) -> Guest | None:
+        return guest_in(ElementTree.fromstring(handle.XMLDesc(0)))
 
     @staticmethod
     def _network_of(handle: Any) -> Network:

@@ -23,6 +23,7 @@ BUS = PurePosixPath("sys/bus/pci")
 # Seconds.  vfio-pci resets a card as it takes it, and a function-level reset may last a
 # minute (pci_dev_wait in drivers/pci/pci.c gives it 60 s).
 OVERRIDE_DEADLINE = 10.0
+ATTRIBUTE_DEADLINE = 10.0
 UNBIND_DEADLINE = 45.0
 PROBE_DEADLINE = 90.0
 RESET_DEADLINE = 90.0
@@ -81,7 +82,9 @@ class Kernel:
 
     def lost(self, address: PciAddress) -> bool:
         """Whether the function's config space reads all ones: it has fallen off the bus."""
-        return self.reader.lost(f"{BUS}/devices/{address}")
+        folder = f"{BUS}/devices/{address}"
+        virtual = self.reader.link(f"{folder}/physfn") is not None
+        return self.reader.lost(folder, virtual=virtual)
 
     def resettable(self, address: PciAddress) -> bool:
         """Whether the kernel knows a way to reset the function alone."""
@@ -90,6 +93,20 @@ class Kernel:
     def reset(self, address: PciAddress) -> None:
         """Reset the function, in the first of its ``reset_method`` that works."""
         self.write(BUS / "devices" / str(address) / "reset", "1\n", deadline=RESET_DEADLINE)
+
+    def attribute(self, path: str) -> str | None:
+        """What a file of sysfs holds; None where there is none."""
+        return self.reader.text(path)
+
+    def set_attribute(self, path: str, value: str) -> None:
+        """Write a file of sysfs."""
+        self.write(PurePosixPath(path), f"{value}\n", deadline=ATTRIBUTE_DEADLINE)
+
+    def release_framebuffer(self, driver: str, device: str) -> None:
+        """Take a framebuffer of the firmware from its driver; nothing to do once it is gone."""
+        folder = PurePosixPath("sys/bus/platform/drivers") / driver
+        if (self.root / folder / device).exists():
+            self.write(folder / "unbind", f"{device}\n", deadline=UNBIND_DEADLINE)
 
     def load_module(self, name: str) -> None:
         """Load a module into the running kernel; raises Failed, also for a tree that is none."""

@@ -107,6 +107,10 @@ def reduced_files(reader: Reader) -> Iterator[tuple[str, bytes]]:
     for line in reader.whole("proc/self/status").splitlines():
         if line.startswith("Uid:"):
             yield "proc/self/status", f"{line}\n".encode()
+    for line in reader.whole("proc/cpuinfo").splitlines():
+        if line.startswith("address sizes"):
+            yield "proc/cpuinfo", f"{line}\n".encode()
+            break
     chips = [
         " ".join(word for word in line.split() if not word.strip(":").isdigit())
         for line in reader.whole("proc/interrupts").splitlines()[1:]
@@ -144,6 +148,7 @@ def function(reader: Reader, folder: str) -> Iterator[tuple[str, bytes | str | N
     for kind in ("drm", "graphics", "sound"):
         for name in reader.names(f"{folder}/{kind}"):
             yield f"{folder}/{kind}/{name}", None
+            yield from small_file(reader, f"{folder}/{kind}/{name}/boot_display")
 
 
 def critical_parts(reader: Reader) -> Iterator[tuple[str, bytes | str | None]]:
@@ -153,9 +158,11 @@ def critical_parts(reader: Reader) -> Iterator[tuple[str, bytes | str | None]]:
     """
     from gpupt.edges.critical import disks, uplinks
 
-    rows, seen = [], 0
+    rows, seen, unknown = [], 0, False
     for address, why in sorted(set(disks(reader))):
         if not why.endswith("is on it"):
+            # Which disk it is was not found out, and is not to be on the recording either.
+            unknown = True
             continue
         place = f"sys/bus/pci/devices/{address}/block/disk{seen}"
         yield place, None
@@ -165,7 +172,10 @@ def critical_parts(reader: Reader) -> Iterator[tuple[str, bytes | str | None]]:
         known = point if point in {"/", "/boot", "/boot/efi", "/home", "/var", "/usr"} else "/mnt"
         rows.append(f"{seen} 1 259:{seen} / {known} rw - ext4 /dev/disk{seen} rw")
         seen += 1
-    if not any(" / / " in row for row in rows):
+    rooted = any(" / / " in row for row in rows)
+    if unknown:
+        rows.append(f"99 1 0:1 / {'/mnt' if rooted else '/'} rw - zfs zfs rw")
+    elif not rooted:
         rows.append("99 1 0:1 / / rw - overlay overlay rw")
     yield "proc/self/mountinfo", ("\n".join(rows) + "\n").encode()
     routes = ["Iface\tDestination\tGateway\tFlags\tRefCnt\tUse\tMetric\tMask\tMTU\tWindow\tIRTT"]
@@ -180,7 +190,9 @@ def critical_parts(reader: Reader) -> Iterator[tuple[str, bytes | str | None]]:
 
 
 def small_file(reader: Reader, path: str) -> Iterator[tuple[str, bytes]]:
-    """A file with what names a machine taken out; nothing where there is none."""
+    """A file with what names a machine taken out; nothing where there is none.
+
+    An empty one is recorded: a reset_method that names none is not one that is not told."""
     text = reader.whole(path)
-    if text:
+    if text or reader.text(path) == "":
         yield path, MAC.sub("00:00:00:00:00:00", UUID.sub("(removed)", text)).encode()

@@ -10,7 +10,10 @@ from __future__ import annotations
 import errno
 import math
 import os
+import re
+import stat
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 
 from gpupt.errors import BadInput
@@ -26,12 +29,17 @@ from gpupt.model.pci import (
     PciId,
 )
 
+# An address as the kernel writes it (pci_setup_device in drivers/pci/probe.c).
+NAME = re.compile(r"(?:[0-9a-f]{4}|[1-9a-f][0-9a-f]{4,7}):[0-9a-f]{2}:[01][0-9a-f]\.[0-7]")
+IN_ORDER = attrgetter("address.domain", "address.bus", "address.device", "address.function")
+NO_LINK = Link()
 # linux/ioport.h
 IORESOURCE_MEM = 0x200
 IORESOURCE_PREFETCH = 0x2000
 IORESOURCE_MEM_64 = 0x100000
 IORESOURCE_UNSET = 0x20000000
 RESOURCE_ROWS_OF_BARS = 6
+MOST_LANES = 32
 
 
 def read_host(root: Path, *, whole: bool = False) -> Host:
@@ -48,7 +56,9 @@ def read_host(root: Path, *, whole: bool = False) -> Host:
             members.setdefault(device.iommu_group, []).append(device.address)
     for address, device in devices.items():
         if whole or is_gpu_class(device.class_code, vendor=device.id.vendor):
+            reader.stand_in(f"sys/bus/pci/devices/{address}")
             devices[address] = reader.in_full(device)
+    reader.step_out()
     gpus = find_gpus(devices)
     with_gpu = {
         devices[each].iommu_group for gpu in gpus for each in (gpu.address, *gpu.companions)
@@ -78,6 +88,21 @@ def read_critical(reader: Reader) -> tuple[Critical, ...]:
     return find_critical(reader)
 
 
+def kind_in(uevent: bytes) -> tuple[PciId, PciId, int] | None:
+    """The ids, the subsystem's ids and the class in the lines of an uevent."""
+    facts = dict(line.partition(b"=")[::2] for line in uevent.splitlines())
+    try:
+        vendor, _, device = facts[b"PCI_ID"].partition(b":")
+        subvendor, _, subdevice = facts[b"PCI_SUBSYS_ID"].partition(b":")
+        return (
+            PciId(int(vendor, 16), int(device, 16)),
+            PciId(int(subvendor, 16), int(subdevice, 16)),
+            int(facts[b"PCI_CLASS"], 16),
+        )
+    except (KeyError, ValueError):
+        return None
+
+
 class Reader:
     """Reads small files under one root, and remembers which were denied.
 
@@ -91,6 +116,12 @@ class Reader:
         top = os.path.realpath(self.root)
         self.top = None if top == "/" else top
         self.seen_inside: set[str] = set()
+        self.seen_plain: set[str] = set()
+        self.ways: dict[tuple[str, str], str | None] = {}
+        # The folder that is read in just now, and the number it is open as.
+        self.here: str | None = None
+        self.number_of_here = -1
+        self.kinds: dict[bytes, tuple[PciId, PciId, int] | None] = {}
 
     def text(self, path: str) -> str | None:
         """A file's text without the white space around it; None: absent or denied."""
@@ -129,16 +160,21 @@ class Reader:
         """A file of the tree, opened; None: absent, denied, or outside of the tree."""
         # A pipe that somebody put into a tree is not waited for.
         flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+        folder, _, name = path.rpartition("/")
         try:
-            if self.top is None:
-                return os.open(self.root + path, flags)
-            if not self.is_inside(path.rpartition("/")[0]):
-                return None
             try:
+                if folder == self.here:
+                    return os.open(name, flags | os.O_NOFOLLOW, dir_fd=self.number_of_here)
+                if self.top is None:
+                    return os.open(self.root + path, flags)
+                if folder not in self.seen_inside and not self.is_inside(folder):
+                    return None
                 return os.open(self.root + path, flags | os.O_NOFOLLOW)
             except OSError as error:
                 if error.errno != errno.ELOOP:
                     raise
+            if self.top is None:
+                return os.open(self.root + path, flags)
             real = self.real_path(path)
             return None if real is None else os.open(f"{self.top}/{real}", flags | os.O_NOFOLLOW)
         except PermissionError:
@@ -153,6 +189,9 @@ class Reader:
         whoever reads in it."""
         if self.top is None or folder in self.seen_inside:
             return True
+        if self.is_plain(folder):
+            self.seen_inside.add(folder)
+            return True
         try:
             number = os.open(self.root + folder, os.O_PATH | os.O_CLOEXEC)
         except (OSError, ValueError):
@@ -166,6 +205,76 @@ class Reader:
         if real != self.top and not real.startswith(f"{self.top}/"):
             return False
         self.seen_inside.add(folder)
+        return True
+
+    def stand_in(self, folder: str) -> bool:
+        """Read in a folder until ``step_out``: the way there is gone once for all its files.
+
+        Whether it is in the tree, or absent.
+        """
+        self.step_out()
+        flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+        real = self.straight(folder)
+        try:
+            if real is not None:
+                number = os.open(self.root + real, flags | os.O_NOFOLLOW)
+            elif self.is_inside(folder):
+                number = os.open(self.root + folder, flags)
+            else:
+                return False
+        except (OSError, ValueError):
+            return self.is_inside(folder)
+        self.here, self.number_of_here = folder, number
+        return True
+
+    def step_out(self) -> None:
+        """Stand in no folder any more."""
+        if self.here is not None:
+            os.close(self.number_of_here)
+            self.here, self.number_of_here = None, -1
+
+    def straight(self, path: str) -> str | None:
+        """Where a link leads that the kernel could have made: up, and down past no other link.
+
+        So it leads to a place in the tree, if that is no link itself.  None: any other.
+        """
+        if self.top is None:
+            return None
+        try:
+            target, _, name = os.readlink(self.root + path).rpartition("/")
+        except (OSError, ValueError):
+            return None
+        folder = path.rpartition("/")[0]
+        try:
+            above = self.ways[folder, target]
+        except KeyError:
+            above = self.ways[folder, target] = self.way(folder, target)
+        return None if above is None or name in {"", ".", ".."} else f"{above}/{name}"
+
+    def way(self, folder: str, target: str) -> str | None:
+        """The folder that a link's text means, seen from its own; None where links are passed."""
+        parts, words = folder.split("/"), target.split("/")
+        up = words.count("..")
+        if words[:up] != [".."] * up or not 0 < up < len(parts) or "" in words:
+            return None
+        found = "/".join([*parts[: len(parts) - up], *words[up:]])
+        return found if self.is_plain(folder) and self.is_plain(found) else None
+
+    def is_plain(self, path: str) -> bool:
+        """Whether no part of a path is a link or leads up, nor absent: so it is in the tree."""
+        if ".." in path:
+            return False
+        new = []
+        while path and path not in self.seen_plain:
+            new.append(path)
+            path = path.rpartition("/")[0]
+        try:
+            for each in reversed(new):
+                if stat.S_ISLNK(os.lstat(self.root + each).st_mode):
+                    return False
+                self.seen_plain.add(each)
+        except (OSError, ValueError):
+            return False
         return True
 
     def real_path(self, path: str) -> str | None:
@@ -186,12 +295,17 @@ class Reader:
 
     def link(self, path: str) -> str | None:
         """The last part of what a symbolic link points to."""
+        folder, _, name = path.rpartition("/")
         try:
-            if not self.is_inside(path.rpartition("/")[0]):
+            if folder == self.here:
+                target = os.readlink(name, dir_fd=self.number_of_here)
+            elif folder in self.seen_inside or self.is_inside(folder):
+                target = os.readlink(self.root + path)
+            else:
                 return None
-            name = os.readlink(self.root + path).rstrip("/").rpartition("/")[2]
         except (OSError, ValueError):
             return None
+        name = target.rstrip("/").rpartition("/")[2]
         # The kernel's names are ASCII; any other is made fit to print.
         return name if name.isascii() else os.fsencode(name).decode("utf-8", errors="replace")
 
@@ -206,25 +320,25 @@ class Reader:
                 details=f"{self.root}{folder}: {error.strerror}",
                 remedy="--root names the folder that holds sys/ and proc/",
             ) from None
-        found = (self.device(f"{folder}/{name}", self.address(folder, name)) for name in names)
-        return {
-            device.address: device
-            for device in sorted(
-                (device for device in found if device), key=lambda device: device.address
-            )
-        }
+        try:
+            read = [self.device(f"{folder}/{name}", self.address(folder, name)) for name in names]
+        finally:
+            self.step_out()
+        found = sorted((device for device in read if device), key=IN_ORDER)
+        return {device.address: device for device in found}
 
     def address(self, folder: str, name: str) -> PciAddress:
-        """The address that a folder of the bus is named after; raises BadInput, also for one
-        that leads out of the tree."""
-        address = PciAddress.parse(name)
-        if str(address) != name or not self.is_inside(f"{folder}/{name}"):
+        """The address that a folder of the bus is named after, which is then stood in; raises
+        BadInput, also for one that leads out of the tree."""
+        if NAME.fullmatch(name) is None or not self.stand_in(f"{folder}/{name}"):
+            address = PciAddress.parse(name)
             raise BadInput(
                 f"{name!r} under {self.root}{folder} is no function of this tree",
                 details=f"expected {address}, a link to a folder under {self.root}sys/devices",
                 remedy="record the machine again with gpupt snapshot",
             )
-        return address
+        bus, device = int(name[-7:-5], 16), int(name[-4:-2], 16)
+        return PciAddress(int(name[:-8], 16), bus, device, int(name[-1]))
 
     def group(self, number: int, members: tuple[PciAddress, ...]) -> IommuGroup:
         """An IOMMU group of these members, and what the group itself says."""
@@ -237,14 +351,13 @@ class Reader:
         """A function's ids, driver and group; None when it left the bus as it was read."""
         # uevent holds class and ids in one read, from the kernel's memory: no card is woken.
         said = self.bytes(f"{folder}/uevent", most=4096) or b""
-        facts = dict(line.partition(b"=")[::2] for line in said.splitlines())
-        try:
-            vendor, _, device = facts[b"PCI_ID"].partition(b":")
-            identifier = PciId(int(vendor, 16), int(device, 16))
-            class_code = int(facts[b"PCI_CLASS"], 16)
-            vendor, _, device = facts[b"PCI_SUBSYS_ID"].partition(b":")
-            subsystem: PciId | None = PciId(int(vendor, 16), int(device, 16))
-        except (KeyError, ValueError):
+        # Cards and functions of a kind say the same up to here: it is understood once.
+        said = said.partition(b"PCI_SLOT_NAME=")[0]
+        kind = self.kinds.get(said) or self.kinds.setdefault(said, kind_in(said))
+        subsystem: PciId | None
+        if kind is not None:
+            identifier, subsystem, class_code = kind
+        else:
             numbers = [self.number(f"{folder}/{name}") for name in ("vendor", "device", "class")]
             if None in numbers:
                 return None
@@ -261,35 +374,56 @@ class Reader:
             iommu_group=int(group) if group is not None and group.isdecimal() else None,
             # PCI-to-PCI and semi-transparent bridges; host and ISA bridges are endpoints.
             is_bridge=class_code >> 8 in {0x0604, 0x0609},
+            link=NO_LINK,
         )
 
     def in_full(self, device: PciDevice) -> PciDevice:
         """The function with everything that sysfs says of it."""
         folder = f"sys/bus/pci/devices/{device.address}"
         numa = self.number(f"{folder}/numa_node", base=10)
-        boot_vga = self.text(f"{folder}/boot_vga")
         d3cold = self.number(f"{folder}/d3cold_allowed", base=10)
         resets = self.text(f"{folder}/reset_method")
         physfn = self.link(f"{folder}/physfn")
+        asleep = self.asleep(folder)
+        lost = not asleep and self.lost(folder, virtual=physfn is not None)
         return replace(
             device,
             binding=DriverBinding(device.binding.driver, self.override(device.address)),
             revision=self.number(f"{folder}/revision"),
             numa_node=None if numa is None or numa < 0 else numa,
-            # What is neither 0 nor absent is taken for the boot display.
-            boot_vga=None if boot_vga is None else boot_vga != "0",
-            link=Link(
-                width=self.width(f"{folder}/current_link_width"),
-                max_width=self.width(f"{folder}/max_link_width"),
-                speed=self.speed(f"{folder}/current_link_speed"),
-                max_speed=self.speed(f"{folder}/max_link_speed"),
-            ),
+            boot_vga=self.boot_display(folder, class_code=device.class_code),
+            # The kernel asks the card itself: one that sleeps is woken for it (Linux 6.18), or
+            # answers ones, as a lost one does.
+            link=Link() if asleep or lost else self.pcie_link(folder),
             bars=self.bars(folder),
             reset_methods=None if resets is None else tuple(resets.split()),
             physfn=PciAddress.parse(physfn) if physfn else None,
             sriov_numvfs=self.number(f"{folder}/sriov_numvfs", base=10),
             d3cold_allowed=None if d3cold is None else bool(d3cold),
-            lost=self.lost(folder),
+            lost=lost,
+        )
+
+    def boot_display(self, folder: str, *, class_code: int) -> bool | None:
+        """Whether the machine booted with its console on it; None where the kernel does not say.
+
+        The VGA arbiter knows VGA cards only, and may have taken another one for it; the DRM
+        device knows better (Linux 6.18).
+        """
+        said = self.text(f"{folder}/boot_vga")
+        if said in {None, "0"} and class_code >> 16 == 0x03:
+            for name in self.names(f"{folder}/drm"):
+                if self.text(f"{folder}/drm/{name}/boot_display") == "1":
+                    return True
+        # What is neither 0 nor absent is taken for the boot display.
+        return None if said is None else said != "0"
+
+    def pcie_link(self, folder: str) -> Link:
+        """The link as it runs, and as it could."""
+        return Link(
+            width=self.width(f"{folder}/current_link_width"),
+            max_width=self.width(f"{folder}/max_link_width"),
+            speed=self.speed(f"{folder}/current_link_speed"),
+            max_speed=self.speed(f"{folder}/max_link_speed"),
         )
 
     def subsystem(self, folder: str) -> PciId | None:
@@ -311,9 +445,9 @@ class Reader:
             return None
 
     def width(self, path: str) -> int | None:
-        """Lanes; 0 (no link) and 255 (unknown) are None, as is what has no link at all."""
+        """Lanes; 0 (no link), 63 (all ones) and 255 (unknown) are None, as is no link at all."""
         lanes = self.number(path, base=10)
-        return lanes if lanes and lanes < 255 else None
+        return lanes if lanes is not None and 0 < lanes <= MOST_LANES else None
 
     def speed(self, path: str) -> float | None:
         """GT/s, from ``16.0 GT/s PCIe``; None for ``Unknown``."""
@@ -335,26 +469,37 @@ class Reader:
                 continue
             if flags == 0 or end < start or (start, end) == (0, 0):
                 continue
+            assigned = bool(start) and not flags & IORESOURCE_UNSET
+            # Ports are few, and no GPU's driver wants any: with many cards some get none.
+            if not assigned and not flags & IORESOURCE_MEM:
+                continue
             found.append(
                 Bar(
                     index=index,
                     size=end - start + 1,
                     prefetchable=bool(flags & IORESOURCE_PREFETCH),
                     bits=64 if flags & IORESOURCE_MEM_64 else 32,
-                    assigned=bool(start) and not flags & IORESOURCE_UNSET,
+                    assigned=assigned,
                 )
             )
         return tuple(found)
 
-    def lost(self, folder: str) -> bool:
+    def asleep(self, folder: str) -> bool:
+        """Whether the kernel has cut its power (D3cold): to ask such a card is to wake it.
+
+        Before 5.11 the kernel does not tell how deep a card sleeps, so any sleep counts there.
+        """
+        if self.text(f"{folder}/power_state") not in {"D3cold", None}:
+            return False
+        return self.text(f"{folder}/power/runtime_status") == "suspended"
+
+    def lost(self, folder: str, *, virtual: bool) -> bool:
         """Whether config space reads all ones: the card has fallen off the bus.
 
-        A card that the kernel itself has put to sleep (D3cold) is not woken to be asked.
+        A virtual function's ids are all ones there when it is well, as SR-IOV has it.
         """
-        asleep = self.text(f"{folder}/power_state") == "D3cold"
-        if asleep and self.text(f"{folder}/power/runtime_status") == "suspended":
-            return False
         config = self.bytes(f"{folder}/config", most=64)
         if config is None or len(config) < 16:
             return False
-        return config[:4] == b"\xff\xff\xff\xff" or config[14] & 0x7F == 0x7F
+        ones = config[:4] == b"\xff\xff\xff\xff"
+        return config[14] & 0x7F == 0x7F or (ones and not virtual)

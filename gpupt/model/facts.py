@@ -47,6 +47,35 @@ class MemoryLimits:
 
 
 @dataclass(frozen=True, slots=True)
+class GuestFunction:
+    """A function of the host that a guest has, and the guest's bus it sits on (None: not told)."""
+
+    host: PciAddress
+    bus: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Guest:
+    """A domain of libvirt's that has functions of the host, as its XML describes it.
+
+    ``machine`` as libvirt names it (pc-q35-10.0); ``controllers`` are the models of its PCI
+    buses by their number; ``memory`` in bytes; ``uefi``: its firmware is OVMF, and ``window``
+    the bytes that it was told to keep for BARs.  ``address_bits`` are those of its processor,
+    where they are not those of the host (``host_bits``); None and not the host's: not told.
+    """
+
+    name: str
+    machine: str
+    functions: tuple[GuestFunction, ...]
+    controllers: Mapping[int, str] = field(default_factory=dict)
+    memory: int = 0
+    uefi: bool = False
+    window: int | None = None
+    host_bits: bool = False
+    address_bits: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class HostFacts:
     """The facts that checks are decided from; ``unread`` maps a check to why it cannot run."""
 
@@ -68,4 +97,9 @@ class HostFacts:
     kvm: str | None = None
     kvm_present: bool = False
     libvirt: GpuptError | None = None
+    guests: tuple[Guest, ...] = ()
+    # Of a physical address, as /proc/cpuinfo says.
+    address_bits: int | None = None
+    # Major and minor number of the running kernel.
+    kernel: tuple[int, int] | None = None
     unread: Mapping[str, str] = field(default_factory=dict)

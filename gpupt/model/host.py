@@ -72,12 +72,33 @@ class Host:
 
 
 @dataclass(frozen=True, slots=True)
+class Attribute:
+    """A file of sysfs, from the root, and what it holds."""
+
+    path: str
+    value: str
+
+
+@dataclass(frozen=True, slots=True)
 class FunctionOrigin:
-    """The state of one function before gpupt first touched it: what attach restores."""
+    """The state of one function before gpupt first touched it: what attach restores.
+
+    ``attributes`` are set to 0 while it is away: may its power be cut, does a console draw
+    on it."""
 
     address: PciAddress
     identity: Identity
     binding: DriverBinding
+    attributes: tuple[Attribute, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Display:
+    """What draws on the boot display: ``bind`` files of the kernel's consoles, and the
+    firmware's framebuffers as platform driver and device."""
+
+    consoles: tuple[str, ...] = ()
+    framebuffers: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,10 +11,13 @@ from gpupt.report.tables import Cell, driver_of, link_of, paint, size_of, table
 
 CLASSES = {
     0x0100: "SCSI",
+    0x0104: "RAID",
     0x0106: "SATA",
+    0x0107: "SAS",
     0x0108: "NVMe",
     0x0180: "storage",
     0x0200: "Ethernet",
+    0x0207: "InfiniBand",
     0x0280: "network",
     0x0300: "VGA",
     0x0302: "3D",
@@ -27,6 +30,7 @@ CLASSES = {
     0x0C03: "USB",
     0x0C05: "SMBus",
     0x0C80: "serial bus",
+    0x1080: "encryption",
     0x1200: "accelerator",
 }
 

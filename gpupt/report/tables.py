@@ -360,6 +360,13 @@ def doctor_lines(host: Host, diagnosis: Diagnosis, *, colour: bool) -> list[str]
         paint(f"not checked: {', '.join(names)} ({why})", "dim", colour=colour)
         for why, names in reasons.items()
     ]
+    if host.unreadable:
+        more = f" and {len(host.unreadable) - 1} more" if len(host.unreadable) > 1 else ""
+        lines.append(
+            paint(
+                f"not readable: {host.unreadable[0]}{more}; root may read it", "warn", colour=colour
+            )
+        )
     return lines
 
 

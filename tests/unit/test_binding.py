@@ -17,7 +17,7 @@ from gpupt.decide.viability import Preflight
 from gpupt.edges.sysfs import read_host
 from gpupt.errors import BadInput, GpuptError, Refused
 from gpupt.model.gpus import find_gpus, identity_of
-from gpupt.model.host import Critical, FunctionOrigin, Host, Loan
+from gpupt.model.host import Attribute, Critical, FunctionOrigin, Host, Loan
 from gpupt.model.pci import DriverBinding, IommuGroup, PciAddress, PciDevice, PciId
 
 FREE = Preflight()
@@ -47,7 +47,15 @@ def test_detach_of_a_laptops_card(tmp_path: Path) -> None:
     assert (plan.verb, plan.subject) == ("detach", "0000:01:00.0")
     record = plan.actions[0]
     assert isinstance(record, RecordLoan)
-    assert record.origins == tuple(origin(host, f"01:00.{function}") for function in range(4))
+    assert [o.attributes for o in record.origins] == [
+        (Attribute("sys/bus/pci/devices/0000:01:00.0/d3cold_allowed", "1"),),
+        (),
+        (),
+        (),
+    ]
+    assert tuple(replace(each, attributes=()) for each in record.origins) == tuple(
+        origin(host, f"01:00.{function}") for function in range(4)
+    )
     assert moves(plan) == [
         ("0000:01:00.1", "snd_hda_intel", "vfio-pci", "vfio-pci"),
         ("0000:01:00.2", "xhci_hcd", "vfio-pci", "vfio-pci"),

@@ -61,7 +61,8 @@ def test_up_from_nothing() -> None:
     assert kinds(plan) == [
         "BakeImage",
         "MakeCluster",
-        *("RecordLoan", "RecordLoan", "BindFunction", "BindFunction", "BindFunction"),
+        *("RecordLoan", "RecordLoan", "SetAttribute"),
+        *("BindFunction", "BindFunction", "BindFunction"),
         *("LendGpu", "LendGpu"),
         "StartNetwork",
         *("StartNode", "StartNode", "StartNode"),

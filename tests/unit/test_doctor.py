@@ -16,7 +16,7 @@ from gpupt.decide.doctor import CHECKS, ELSEWHERE, diagnose
 from gpupt.edges.hostfacts import read_facts
 from gpupt.edges.sysfs import read_host
 from gpupt.errors import Failed, GpuptError
-from gpupt.model.facts import MemoryLimits
+from gpupt.model.facts import Guest, GuestFunction, MemoryLimits
 from gpupt.model.gpus import identity_of
 from gpupt.model.host import Finding, FunctionOrigin, Host, Loan
 from gpupt.model.pci import PciAddress, PciId
@@ -44,6 +44,7 @@ class Machine:
     ledger: Callable[[Host], Ledger] = lambda host: Ledger()
     kvm: str | None = None
     libvirt: GpuptError | None = None
+    guests: tuple[Guest, ...] = ()
     limits: MemoryLimits | None = None
     drivers: Iterable[str] = ("vfio-pci",)
 
@@ -59,7 +60,7 @@ class Machine:
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             (root / name).symlink_to(target)
         host = read_host(root, whole=True)
-        facts = read_facts(root, host, kvm=self.kvm, libvirt=self.libvirt)
+        facts = read_facts(root, host, kvm=self.kvm, libvirt=self.libvirt, guests=self.guests)
         if self.limits is not None:
             unread = {key: why for key, why in facts.unread.items() if key != "memlock"}
             facts = replace(facts, limits=self.limits, unread=unread)
@@ -107,6 +108,28 @@ ROUTE = (
 UPLINK = {"proc/net/route": ROUTE, "sys/devices/pci0000:00/0000:02:00.0/net/eth0/mtu": "1500\n"}
 UPLINK_LINK = {"sys/class/net/eth0": "../../devices/pci0000:00/0000:02:00.0/net/eth0"}
 GIB = 1 << 30
+BITS = {
+    n: {"proc/cpuinfo": f"address sizes\t: {n} bits physical, 48 bits virtual\n"} for n in (36, 46)
+}
+H100_BARS = ((0, 16 << 20, 0x14220C), (2, 128 * GIB, 0x14220C))
+H100 = card(bars=H100_BARS)
+GUEST = Guest(
+    "other",
+    "pc-q35-10.0",
+    (GuestFunction(at(GPU), 5),),
+    controllers={0: "pcie-root", 5: "pcie-root-port", 6: "pcie-root-port"},
+    memory=64 * GIB,
+    host_bits=True,
+)
+TWO = replace(GUEST, functions=(*GUEST.functions, GuestFunction(at("0000:05:00.0"), 5)))
+APART_IN_GUEST = replace(TWO, functions=(GUEST.functions[0], GuestFunction(at("0000:05:00.0"), 6)))
+TWIN = replace(card(), address="0000:05:00.0", group=5)
+OVMF_40 = replace(GUEST, uefi=True, host_bits=False, address_bits=40)
+
+
+def release(text: str) -> dict[str, str]:
+    return {"proc/sys/kernel/osrelease": f"{text}\n"}
+
 
 # check → a machine on which it fires, and one as like it as can be on which it does not
 CASES: dict[str, list[tuple[Machine, Machine]]] = {
@@ -291,6 +314,11 @@ CASES: dict[str, list[tuple[Machine, Machine]]] = {
             Machine([replace(card(resets="device_specific bus"), id="1002:687f")]),
         ),
         (Machine([card(resets="")]), Machine([card(resets=None)])),
+        # From 5.15 on, what cannot be reset has no such file, and what can has one.
+        (
+            Machine([card(resets=None), replace(NIC, group=2, resets="flr")]),
+            Machine([card(resets="flr"), replace(NIC, group=2, resets=None)]),
+        ),
     ],
     "d3cold": [
         (
@@ -339,6 +367,50 @@ CASES: dict[str, list[tuple[Machine, Machine]]] = {
         (
             Machine([card(), replace(APART, class_code=0x030200, physfn=GPU)]),
             Machine([card(), APART]),
+        ),
+    ],
+    "guest-bar-window": [
+        # The processor of the host has too few address bits, whatever the guest.
+        (Machine([H100], files=BITS[36]), Machine([H100], files=BITS[46])),
+        # QEMU's 40 bits, of which OVMF keeps an eighth: 128 GiB for 128 GiB and 16 MiB.
+        (
+            Machine([H100], files=BITS[46], guests=(OVMF_40,)),
+            Machine(
+                [H100],
+                files=BITS[46],
+                guests=(replace(OVMF_40, host_bits=True, address_bits=None),),
+            ),
+        ),
+        (
+            Machine([H100], files=BITS[46], guests=(replace(OVMF_40, window=128 * GIB),)),
+            Machine([H100], files=BITS[46], guests=(replace(OVMF_40, window=256 * GIB),)),
+        ),
+        # SeaBIOS takes what is above the guest's memory.
+        (
+            Machine(
+                [H100],
+                files=BITS[46],
+                guests=(replace(OVMF_40, uefi=False, memory=800 * GIB),),
+            ),
+            Machine([H100], files=BITS[46], guests=(replace(OVMF_40, uefi=False),)),
+        ),
+    ],
+    "slow-bar-map": [
+        (Machine([H100], files=release("6.12.41+deb13")), Machine([H100], files=release("6.15.0"))),
+        (Machine([H100], files=release("5.15.0-1")), Machine(files=release("5.15.0-1"))),
+    ],
+    "guest-topology": [
+        (
+            Machine(guests=(replace(GUEST, machine="pc-i440fx-9.2"),)),
+            Machine(guests=(GUEST,)),
+        ),
+        (Machine([card(), TWIN], guests=(TWO,)), Machine([card(), TWIN], guests=(APART_IN_GUEST,))),
+        (
+            Machine(guests=(replace(GUEST, functions=(GuestFunction(at(GPU), 0),)),)),
+            # A network card of the host on an old machine is nobody's concern here.
+            Machine(
+                guests=(replace(GUEST, machine="pc", functions=(GuestFunction(at("2:0.0"), 0),)),)
+            ),
         ),
     ],
 }

@@ -77,7 +77,7 @@ def test_a_second_time_writes_nothing(kernel: FakeKernel, journal: Journal) -> N
 def test_override_stands_before_unbind_and_probe(kernel: FakeKernel, journal: Journal) -> None:
     detach(kernel, journal, BARE, GPU)
     names = [path.rpartition("/")[2] for path, word in kernel.writes if "01:00.0" in path + word]
-    assert names == ["driver_override", "drivers_probe"]
+    assert names == ["d3cold_allowed", "driver_override", "drivers_probe"]
     names = [path.rpartition("/")[2] for path, word in kernel.writes if "02:00.0" in path + word]
     assert names == ["driver_override", "unbind", "drivers_probe"]
 

@@ -14,8 +14,6 @@ from gpupt.decide.doctor import CHECKS, ELSEWHERE
 HERE = Path(__file__).resolve().parents[2]
 PAGE = (HERE / "docs/failure-modes.md").read_text()
 CELL = re.compile(r"`([^`]+)`")
-# Ids for which no finding exists, as the page says in so many words.
-NOT_IMPLEMENTED = {"guest-bar-window", "slow-bar-map", "guest-topology"}
 
 
 def rows(title: str) -> dict[str, list[str]]:
@@ -58,12 +56,6 @@ def test_every_test_that_is_named_exists() -> None:
     # A test of several cases is named with or without the case.
     collected |= {line.partition("[")[0] for line in collected}
     assert named <= collected
-
-
-def test_what_is_not_implemented_is_said() -> None:
-    text = PAGE[PAGE.index("## What is not done") :].partition("\n\n")[2].partition(":")[0]
-    assert set(CELL.findall(text)) == NOT_IMPLEMENTED
-    assert set(ELSEWHERE) >= NOT_IMPLEMENTED
 
 
 def test_the_sum_of_the_crash_matrix_is_right() -> None:
