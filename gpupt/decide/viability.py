@@ -14,6 +14,10 @@ from gpupt.model.pci import PciAddress, PciDevice
 # kernel's drivers/pci/pcie/portdrv.c and drivers/pci/pci-stub.c), beside vfio-pci itself.
 HARMLESS = frozenset({"pcieport", "pci-stub", VFIO})
 
+# Makers of the displays that servers' management controllers have: ASPEED, Matrox (G200),
+# ServerEngines (Pilot).  No guest computes on one, and the remote console is on it.
+MANAGEMENT = frozenset({0x1A03, 0x102B, 0x19A2})
+
 
 @dataclass(frozen=True, slots=True)
 class Preflight:
@@ -153,6 +157,14 @@ def about_card(gpu: Gpu, functions: list[PciDevice], *, boot_gpu: bool) -> Itera
                 f"boot_vga of {device.address} is 1: the host's console is on it",
                 remedy="make another card primary in the firmware, or take it all the same: "
                 f"gpupt detach {gpu.address} --boot-gpu",
+            )
+        elif device.id.vendor in MANAGEMENT and not boot_gpu:
+            yield refusal(
+                "management-display",
+                gpu,
+                "it is the display of the server's management controller",
+                f"{device.address} ({device.id}) shows the remote console",
+                remedy=f"leave it to the host; or gpupt detach {gpu.address} --boot-gpu",
             )
         if device.physfn is not None:
             yield refusal(

@@ -70,6 +70,14 @@ def test_the_boot_display_is_asked_for(tmp_path: Path) -> None:
     assert reasons(host, "01:00.0", boot_gpu=True) == []
 
 
+@pytest.mark.parametrize("id", ["1a03:2000", "102b:0536", "19a2:0800"])
+def test_a_management_controllers_display_stays(tmp_path: Path, id: str) -> None:
+    """Where another card is the boot display, nobody asks for this one by its boot_vga."""
+    host = host_of(tmp_path, Function("0000:01:00.0", id, 0x030000, "ast", group=1, boot_vga=0))
+    assert reasons(host, "01:00.0") == ["management-display"]
+    assert reasons(host, "01:00.0", boot_gpu=True) == []
+
+
 def test_lost(tmp_path: Path) -> None:
     assert "lost-device" in reasons(
         host_of(tmp_path, card("0000:01:00.0", 1, lost=True)), "01:00.0"
