@@ -28,8 +28,8 @@ KINDS = (
 )
 
 
-def make_tree(root: Path, count: int) -> Path:
-    """A machine with ``count`` PCI functions under ``root``; one in four is a GPU."""
+def make_tree(root: Path, count: int, *, gpus: int | None = None) -> Path:
+    """A machine with ``count`` PCI functions under ``root``; one in four is a GPU, or so many."""
     bus = root / "sys/bus/pci"
     (bus / "devices").mkdir(parents=True)
     (root / "proc").mkdir()
@@ -37,13 +37,15 @@ def make_tree(root: Path, count: int) -> Path:
     for driver in {kind[3] for kind in KINDS}:
         (bus / "drivers" / driver).mkdir(parents=True)
     for number in range(count):
-        plant(root, number)
+        plant(root, number, gpus=count if gpus is None else gpus)
     return root
 
 
-def plant(root: Path, number: int) -> None:
+def plant(root: Path, number: int, *, gpus: int) -> None:
     """One function: its folder under sys/devices and the links the kernel makes to it."""
     kind = number % len(KINDS)
+    if number // len(KINDS) >= gpus and kind in {1, 2}:
+        kind = 3
     vendor, device, class_code, driver = KINDS[kind]
     card, function = number // 2, number % 2
     address = f"{card // 8192:04x}:{card // 32 % 256:02x}:{card % 32:02x}.{function}"

@@ -129,6 +129,14 @@ class ResetGpu:
 
 
 @dataclass(frozen=True, slots=True)
+class CheckGpu:
+    """Look at the health of a GPU that is back with the host; one that fails is fenced."""
+
+    gpu: PciAddress
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class FenceGpu:
     """Lend the GPU to nobody from now on; ``before`` is the fence that there was."""
 
@@ -290,6 +298,7 @@ Action: TypeAlias = (
     | PersistLoan
     | UnpersistLoan
     | ResetGpu
+    | CheckGpu
     | FenceGpu
     | UnfenceGpu
     | SetAttribute
@@ -359,7 +368,7 @@ def subject_of(action: Action) -> str:
             return str(action.gpu)
         case PersistLoan() | UnpersistLoan():
             return str(action.gpu)
-        case ResetGpu() | FenceGpu() | UnfenceGpu():
+        case ResetGpu() | CheckGpu() | FenceGpu() | UnfenceGpu():
             return str(action.gpu)
         case SetAttribute():
             return f"/{action.path}"

@@ -12,6 +12,7 @@ from typing import NoReturn
 from gpupt.actions import (
     Action,
     BindFunction,
+    CheckGpu,
     EraseLoan,
     JournalEntry,
     Plan,
@@ -115,7 +116,7 @@ def go_home(
         except GpuptError as error:
             errors.append(error)
             # Nothing is taken from a node that could not be stopped.
-            if not isinstance(action, BindFunction | EraseLoan | ResetGpu):
+            if not isinstance(action, BindFunction | EraseLoan | ResetGpu | CheckGpu):
                 raise
 
     try:

@@ -14,6 +14,7 @@ from typing import TypeAlias
 from gpupt.actions import (
     Action,
     BindFunction,
+    CheckGpu,
     EraseLoan,
     FenceGpu,
     JournalEntry,
@@ -34,6 +35,7 @@ from gpupt.edges.bootrules import remove_rule, write_rule
 from gpupt.edges.kernel import Kernel
 from gpupt.errors import DeadlineExceeded, Failed
 from gpupt.model.gpus import is_another_card
+from gpupt.model.health import Verdict
 from gpupt.model.host import Attribute, Fence, Loan
 from gpupt.model.pci import DriverBinding, PciAddress
 
@@ -47,6 +49,7 @@ HostAction: TypeAlias = (
     | PersistLoan
     | UnpersistLoan
     | ResetGpu
+    | CheckGpu
     | FenceGpu
     | UnfenceGpu
     | SetAttribute
@@ -91,6 +94,8 @@ def perform(action: Action, world: World) -> None:
             world.kernel.release_framebuffer(driver, framebuffer)
         case ResetGpu(gpu=gpu):
             reset_gpu(gpu, world)
+        case CheckGpu(gpu=gpu):
+            check_gpu(gpu, world)
         case FenceGpu(fence=fence):
             world.journal.fence(fence)
         case UnfenceGpu(gpu=gpu):
@@ -185,6 +190,24 @@ def reset_gpu(gpu: PciAddress, world: World) -> None:
             details=error.details,
             remedy=f"{error.remedy}; then gpupt unfence {gpu}" if error.remedy else "",
         ) from error
+
+
+def check_gpu(gpu: PciAddress, world: World) -> None:
+    """Fence a GPU that came back and fails a check of its health."""
+    found = None if world.health is None else world.health(gpu)
+    if found is None:
+        world.narrate(f"{gpu}: its health is not checked")
+        return
+    wrong = [check for check in found.checks if check.status is Verdict.FAIL]
+    card = world.kernel.identity(gpu)
+    known = world.journal.ledger.fences.get(gpu)
+    # What kept it from coming back whole says more than what is seen of it now.
+    fenced = card is not None and known is not None and not is_another_card(card, known.identity)
+    if wrong and card is not None and not fenced:
+        reason = f"its health: {wrong[0].id}: {wrong[0].brief}"
+        evidence = tuple(dict.fromkeys(f"{check.id}: {check.brief}" for check in wrong))
+        world.journal.fence(Fence(gpu, card, reason, utc(), evidence))
+        world.narrate(f"{gpu} is fenced: {reason}")
 
 
 def utc() -> str:

@@ -22,6 +22,8 @@ from gpupt.edges.journal import Journal, read_ledger
 from gpupt.edges.kernel import Kernel
 from gpupt.edges.sysfs import Reader, read_host
 from gpupt.errors import BadInput, Failed, Refused
+from gpupt.model.gpus import VFIO
+from gpupt.model.health import GpuHealth
 from gpupt.model.host import Fence, Host
 from gpupt.model.pci import PciAddress
 
@@ -31,6 +33,7 @@ from gpupt.model.pci import PciAddress
 @click.option("--all", "everything", is_flag=True, help="Every GPU that can be taken.")
 @click.option("--boot-gpu", is_flag=True, help="Allow the GPU of the boot display too.")
 @click.option("--persist", is_flag=True, help="Keep them detached over reboots.")
+@click.option("--unhealthy", is_flag=True, help="Take them though they fail health checks.")
 @changing
 @common
 def detach(
@@ -40,6 +43,7 @@ def detach(
     everything: bool,
     boot_gpu: bool,
     persist: bool,
+    unhealthy: bool,
     dry_run: bool,
     yes: bool,
 ) -> None:
@@ -48,7 +52,8 @@ def detach(
     A GPU goes with its whole IOMMU group and all functions of its card, to vfio-pci.  Where
     each function came from is written down first; `gpupt attach` restores exactly that.
     Refused (exit 3, nothing touched) when a disk or network card of the host would go
-    along, when a process holds the GPU, or when it is the boot display.
+    along, when a process holds the GPU, when it fails its health checks or is fenced, or when
+    it is the boot display.
 
     A reboot gives the GPUs back to the host's drivers.  With --persist a udev rule takes them
     again at boot, each only in the slot where it is and while it is the same card;
@@ -65,9 +70,16 @@ def detach(
     wanted = tuple(named_gpu(text, state=settings.state) for text in gpus)
 
     said: set[str] = set()
+    health_of = Gate(settings, wanted=not unhealthy)
 
     def decide(host: Host, ledger: Ledger) -> Plan:
-        preflight = read_preflight(settings, host, boot_gpu=boot_gpu, fences=ledger.fences)
+        preflight = read_preflight(
+            settings,
+            host,
+            boot_gpu=boot_gpu,
+            fences=ledger.fences,
+            health=health_of(host, None if everything else wanted),
+        )
         chosen = wanted
         if everything:
             chosen, left = choose_all(host, loans=ledger.loans, preflight=preflight)
@@ -162,18 +174,51 @@ def say_once(settings: Settings, said: set[str], lines: Iterable[str]) -> None:
 
 
 def read_preflight(
-    settings: Settings, host: Host, *, boot_gpu: bool, fences: Mapping[PciAddress, Fence]
+    settings: Settings,
+    host: Host,
+    *,
+    boot_gpu: bool,
+    fences: Mapping[PciAddress, Fence],
+    health: Mapping[PciAddress, GpuHealth] | None = None,
 ) -> Preflight:
     """What detach must know beyond the host itself."""
     reader = Reader(settings.root)
     functions = {address for gpu in host.gpus for address in closure(host, gpu)}
     return Preflight(
         vfio=vfio_to_be_had(reader),
-        holders=read_holders(reader, host, functions),
+        holders=read_holders(reader, host, functions, whole=True),
         boot_gpu=boot_gpu,
         fences=fences,
         display=read_display(reader),
+        health=health or {},
     )
+
+
+class Gate:
+    """The health of GPUs that are to leave their drivers, looked at once in a verb.
+
+    One that is with a guest, or ready for one, is invisible to its driver: not looked at."""
+
+    def __init__(self, settings: Settings, *, wanted: bool = True) -> None:
+        self.settings = settings
+        self.wanted = wanted
+        self.known: dict[PciAddress, GpuHealth] = {}
+
+    def __call__(
+        self, host: Host, only: Iterable[PciAddress] | None = None
+    ) -> dict[PciAddress, GpuHealth]:
+        """The health of the host's GPUs (``only`` these)."""
+        asked = set(host.devices) if only is None else set(only)
+        new = {
+            gpu.address
+            for gpu in host.gpus
+            if gpu.address in asked - self.known.keys() and gpu.device.binding.driver != VFIO
+        }
+        if self.wanted and new:
+            from gpupt.cli.healthlook import gate
+
+            self.known |= gate(self.settings, new)
+        return self.known
 
 
 def change(
@@ -199,10 +244,32 @@ def change(
                 "the host changed while the plan was being shown; nothing was touched",
                 remedy="run the same command again",
             )
+        before = world.journal.ledger.fences
         execute(plan, world=world)
+        say_fenced(settings, before, world.journal.ledger.fences)
     if settings.as_json:
         settings.emit(plan_json(plan))
     settings.say(f"{plan.verb} {plan.subject}: done")
+
+
+def say_fenced(
+    settings: Settings, before: Mapping[PciAddress, Fence], now: Mapping[PciAddress, Fence]
+) -> None:
+    """Say which GPUs were fenced on the way, and why."""
+    for gpu, fence in now.items():
+        if before.get(gpu) != fence and gpu not in before:
+            settings.say(f"{gpu} is fenced: {fence.reason}; gpupt status says more")
+
+
+def check_health(settings: Settings) -> Callable[[PciAddress], GpuHealth | None]:
+    """What tells how well a GPU is that came back."""
+
+    def check(gpu: PciAddress) -> GpuHealth | None:
+        from gpupt.cli.healthlook import gate
+
+        return gate(settings, {gpu}).get(gpu)
+
+    return check
 
 
 @contextmanager
@@ -210,7 +277,9 @@ def open_world(settings: Settings, *, cluster: Any = None) -> Iterator[World]:
     """The world of this host, held for changing; ``cluster`` is its ClusterWorld, if any."""
     with Journal(settings.state) as journal:
         kernel = settings.kernel(settings.root) if settings.kernel else Kernel(settings.root)
-        yield World(kernel, journal, settings.detail, cluster=cluster)
+        yield World(
+            kernel, journal, settings.detail, cluster=cluster, health=check_health(settings)
+        )
 
 
 def cluster_of(settings: Settings, runs: Iterable[Run]) -> Any:

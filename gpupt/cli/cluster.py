@@ -15,7 +15,7 @@ from gpupt.actions import Action, Ledger, Plan
 from gpupt.apply.clusterworld import ClusterWorld
 from gpupt.apply.execute import execute
 from gpupt.apply.world import World
-from gpupt.cli.binding import read_preflight
+from gpupt.cli.binding import Gate, check_health, read_preflight, say_fenced
 from gpupt.cli.clusterworld import (
     Outlook,
     cluster_world,
@@ -35,7 +35,7 @@ from gpupt.edges.rolls import read_rolls
 from gpupt.edges.specfile import SpecFile
 from gpupt.edges.sysfs import read_host
 from gpupt.errors import Failed, Refused
-from gpupt.model.cluster import Allocation
+from gpupt.model.cluster import Allocation, NodeSpec
 from gpupt.model.host import Finding, Loan
 from gpupt.model.pci import PciAddress
 from gpupt.report.cluster import (
@@ -95,7 +95,9 @@ def plan(settings: Settings, *, file: Path) -> None:
     """
     read = read_cluster_file(file)
     with Hypervisor.connect(settings.connect) as hypervisor:
-        decided, _, findings = decide_up(settings, read, hypervisor=hypervisor)
+        decided, _, findings = decide_up(
+            settings, read, hypervisor=hypervisor, health_of=Gate(settings)
+        )
     say_findings(settings, findings)
     if settings.as_json:
         settings.emit(plan_json(decided, [finding_json(each) for each in findings]))
@@ -105,9 +107,10 @@ def plan(settings: Settings, *, file: Path) -> None:
 
 @click.command()
 @click.argument("file", type=click.Path(path_type=Path), metavar="FILE")
+@click.option("--unhealthy", is_flag=True, help="Lend GPUs though they fail health checks.")
 @changing
 @common
-def up(settings: Settings, *, file: Path, dry_run: bool, yes: bool) -> None:
+def up(settings: Settings, *, file: Path, unhealthy: bool, dry_run: bool, yes: bool) -> None:
     """Bring a cluster up from its file.
 
     Takes the GPUs from the host, starts the network, a frontend and the compute nodes, and
@@ -125,7 +128,10 @@ def up(settings: Settings, *, file: Path, dry_run: bool, yes: bool) -> None:
     read = read_cluster_file(file)
     watch = Stopwatch()
     with Hypervisor.connect(settings.connect) as hypervisor:
-        decided, outlook, findings = decide_up(settings, read, hypervisor=hypervisor)
+        health_of = Gate(settings, wanted=not unhealthy)
+        decided, outlook, findings = decide_up(
+            settings, read, hypervisor=hypervisor, health_of=health_of
+        )
         say_findings(settings, findings)
         ours = cluster_world(settings, hypervisor=hypervisor)
         if decided.actions and not dry_run:
@@ -134,7 +140,11 @@ def up(settings: Settings, *, file: Path, dry_run: bool, yes: bool) -> None:
             ClusterFolder(settings.state, read.spec.name).require_passable()
             with changing_world(settings, ours, watch=watch) as world:
                 again, _, _ = decide_up(
-                    settings, read, hypervisor=hypervisor, ledger=world.journal.ledger
+                    settings,
+                    read,
+                    hypervisor=hypervisor,
+                    health_of=health_of,
+                    ledger=world.journal.ledger,
                 )
                 require_same(decided, again)
                 execute(decided, world=world)
@@ -263,6 +273,7 @@ def decide_up(
     read: SpecFile,
     *,
     hypervisor: Hypervisor,
+    health_of: Gate,
     ledger: Ledger | None = None,
 ) -> tuple[Plan, Outlook, tuple[Finding, ...]]:
     """The plan of `up` from what is there now; raises BadInput, Refused."""
@@ -275,7 +286,13 @@ def decide_up(
         hypervisor=hypervisor,
         ledger=ledger,
         host=host,
-        preflight=read_preflight(settings, host, boot_gpu=False, fences=ledger.fences),
+        preflight=read_preflight(
+            settings,
+            host,
+            boot_gpu=False,
+            fences=ledger.fences,
+            health=health_of(host) if any(asks_for_gpus(node) for node in read.spec.nodes) else {},
+        ),
     )
     outlook = look_ahead(settings, read, around=around, hypervisor=hypervisor)
     known = read_rolls()
@@ -285,6 +302,11 @@ def decide_up(
         rolls=[known[name] for name in outlook.stack.rolls],
     )
     return decided, outlook, (*outlook.findings, *findings)
+
+
+def asks_for_gpus(node: NodeSpec) -> bool:
+    """Whether the node is to have a GPU."""
+    return bool(node.gpus.named or node.gpus.count)
 
 
 def decide_down(
@@ -330,7 +352,16 @@ def changing_world(settings: Settings, ours: ClusterWorld, *, watch: Stopwatch) 
     with Journal(settings.state) as journal:
         kernel = settings.kernel(settings.root) if settings.kernel else Kernel(settings.root)
         try:
-            yield World(kernel, journal, settings.say, cluster=ours, boundary=watch)
+            before = journal.ledger.fences
+            yield World(
+                kernel,
+                journal,
+                settings.say,
+                cluster=ours,
+                boundary=watch,
+                health=check_health(settings),
+            )
+            say_fenced(settings, before, journal.ledger.fences)
         finally:
             ours.hang_up_all()
 

@@ -34,6 +34,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "run": ("nodes:run", "Run a roll's job on a cluster."),
     "down": ("cluster:down", "Take a cluster down and give its GPUs back."),
     "render": ("cluster:render", "Print every file that `up` would write, domain XML first."),
+    "health": ("health:health", "Are the GPUs well: for people, scripts and Nagios."),
     "roll": ("roll:roll", "Rolls: the bundles that nodes are made of."),
     "image": ("image:image", "Images baked from rolls."),
     "lab": ("lab:lab", "An emulated GPU host, to try everything with no GPU."),

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from gpupt.actions import (
     Action,
     BindFunction,
+    CheckGpu,
     EraseLoan,
     FenceGpu,
     Ledger,
@@ -191,6 +192,11 @@ def plan_attach(
         for origin in loan.origins
         if origin.address in moved
         for was in origin.attributes
+    )
+    actions.extend(
+        CheckGpu(loan.gpu, why="is it well, now that it is back")
+        for loan in returning
+        if any(isinstance(each, BindFunction) and each.address == loan.gpu for each in actions)
     )
     actions.extend(
         EraseLoan(loan.gpu, why="once every function is verified to be back") for loan in returning

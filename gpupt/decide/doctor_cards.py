@@ -179,18 +179,16 @@ def iommufd_busy(host: Host, ledger: Ledger, facts: HostFacts) -> Iterator[Findi
         loan = ledger.loans.get(gpu.address)
         if state_of(gpu, loan) is not GpuState.DETACHED:
             continue
-        held = [
-            f"PID {holder.pid} ({holder.command}) has {holder.node} open"
-            for holder in facts.holders.get(gpu.address, ())
-        ]
+        held = [each for each in facts.holders.get(gpu.address, ()) if each.pid]
         if held:
             yield Finding(
                 "iommufd-busy",
                 Severity.WARN,
                 str(gpu.address),
                 "a process has it, and no node of gpupt's does",
-                tuple(held),
-                "another program's guest, or a QEMU that outlived its crash: end it",
+                tuple(holder_line(each) for each in held),
+                "another program's guest, or a QEMU that outlived its crash: "
+                + "; ".join(dict.fromkeys(way_to_stop(each) for each in held)),
             )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from gpupt.decide.holding import holder_line, way_to_stop
 from gpupt.model.gpus import VFIO, fence_of, identity_of
+from gpupt.model.health import CheckResult, GpuHealth, Verdict
 from gpupt.model.host import Display, Fence, Finding, Gpu, Holder, Host, Loan, Severity
 from gpupt.model.pci import PciAddress, PciDevice
 
@@ -22,14 +23,15 @@ MANAGEMENT = frozenset({0x1A03, 0x102B, 0x19A2})
 @dataclass(frozen=True, slots=True)
 class Preflight:
     """What a plan needs to know beyond the host: is vfio-pci to be had, who holds which GPU,
-    which GPUs are fenced, what draws on the boot display, and whether the person allows the
-    boot GPU to be taken."""
+    which GPUs are fenced, how well those are that are to leave their drivers, what draws on
+    the boot display, and whether the person allows the boot GPU to be taken."""
 
     vfio: bool = True
     holders: Mapping[PciAddress, tuple[Holder, ...]] = field(default_factory=dict)
     boot_gpu: bool = False
     fences: Mapping[PciAddress, Fence] = field(default_factory=dict)
     display: Display = field(default_factory=Display)
+    health: Mapping[PciAddress, GpuHealth] = field(default_factory=dict)
 
 
 def closure(host: Host, gpu: Gpu) -> tuple[PciAddress, ...]:
@@ -89,6 +91,7 @@ def assess_lending(
         *about_card(gpu, functions, boot_gpu=preflight.boot_gpu),
         *about_group(host, gpu, functions, loans=loans),
         *about_vfio(gpu, functions, preflight=preflight),
+        *about_health(gpu, preflight.health.get(gpu.address)),
     )
 
 
@@ -257,6 +260,24 @@ def about_vfio(gpu: Gpu, functions: list[PciDevice], *, preflight: Preflight) ->
                     holder_line(holder),
                     remedy=way_to_stop(holder),
                 )
+
+
+def about_health(gpu: Gpu, health: GpuHealth | None) -> Iterator[Finding]:
+    """The checks of its health that it fails, a finding for each cause."""
+    if health is None or gpu.device.lost:
+        return
+    causes: dict[str, CheckResult] = {}
+    for check in health.checks:
+        if check.status is Verdict.FAIL:
+            causes.setdefault(check.brief, check)
+    for check in causes.values():
+        yield refusal(
+            "unhealthy",
+            gpu,
+            "it is not well",
+            f"{check.id}: {check.brief}",
+            remedy=f"{check.remedy or 'gpupt health says more'}; --unhealthy lends it all the same",
+        )
 
 
 def refusal(id: str, gpu: Gpu, brief: str, *evidence: str, remedy: str) -> Finding:

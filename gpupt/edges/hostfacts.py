@@ -62,7 +62,7 @@ def read_facts(
         )
         in {"Y", "1"},
         vfio=vfio_to_be_had(reader),
-        holders=read_holders(reader, host, functions),
+        holders=read_holders(reader, host, functions, whole=True),
         framebuffers=tuple(reader.whole("proc/fb").splitlines()),
         boot_framebuffers=boot_framebuffers(reader, functions),
         claims=tuple(vfio_claims(reader, host.kernel_cmdline)),
@@ -79,7 +79,7 @@ def read_facts(
         unread=skipped,
     )
     denied = [path for path in reader.denied if path.endswith("/fd")]
-    if denied and not facts.holders:
+    if denied and not any(each.pid for held in facts.holders.values() for each in held):
         skipped["device-held"] = f"{len(denied)} processes may be looked into by root only"
         skipped["iommufd-busy"] = skipped["device-held"]
     return facts

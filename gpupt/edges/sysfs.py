@@ -33,6 +33,10 @@ from gpupt.model.pci import (
 NAME = re.compile(r"(?:[0-9a-f]{4}|[1-9a-f][0-9a-f]{4,7}):[0-9a-f]{2}:[01][0-9a-f]\.[0-7]")
 IN_ORDER = attrgetter("address.domain", "address.bus", "address.device", "address.function")
 NO_LINK = Link()
+# A pipe that somebody put into a tree is not waited for.
+TO_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+TO_READ_NO_LINK = TO_READ | os.O_NOFOLLOW
+TO_STAND = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 # linux/ioport.h
 IORESOURCE_MEM = 0x200
 IORESOURCE_PREFETCH = 0x2000
@@ -158,25 +162,23 @@ class Reader:
 
     def open(self, path: str) -> int | None:
         """A file of the tree, opened; None: absent, denied, or outside of the tree."""
-        # A pipe that somebody put into a tree is not waited for.
-        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
         folder, _, name = path.rpartition("/")
         try:
             try:
                 if folder == self.here:
-                    return os.open(name, flags | os.O_NOFOLLOW, dir_fd=self.number_of_here)
+                    return os.open(name, TO_READ_NO_LINK, dir_fd=self.number_of_here)
                 if self.top is None:
-                    return os.open(self.root + path, flags)
+                    return os.open(self.root + path, TO_READ)
                 if folder not in self.seen_inside and not self.is_inside(folder):
                     return None
-                return os.open(self.root + path, flags | os.O_NOFOLLOW)
+                return os.open(self.root + path, TO_READ_NO_LINK)
             except OSError as error:
                 if error.errno != errno.ELOOP:
                     raise
             if self.top is None:
-                return os.open(self.root + path, flags)
+                return os.open(self.root + path, TO_READ)
             real = self.real_path(path)
-            return None if real is None else os.open(f"{self.top}/{real}", flags | os.O_NOFOLLOW)
+            return None if real is None else os.open(f"{self.top}/{real}", TO_READ_NO_LINK)
         except PermissionError:
             self.denied.append("/" + path)
             return None
@@ -213,13 +215,12 @@ class Reader:
         Whether it is in the tree, or absent.
         """
         self.step_out()
-        flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
         real = self.straight(folder)
         try:
             if real is not None:
-                number = os.open(self.root + real, flags | os.O_NOFOLLOW)
+                number = os.open(self.root + real, TO_STAND | os.O_NOFOLLOW)
             elif self.is_inside(folder):
-                number = os.open(self.root + folder, flags)
+                number = os.open(self.root + folder, TO_STAND)
             else:
                 return False
         except (OSError, ValueError):

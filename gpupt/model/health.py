@@ -31,8 +31,9 @@ class Silence(StrEnum):
 
 
 class Library(StrEnum):
-    """What became of NVIDIA's management library as a whole."""
+    """What became of NVIDIA's management library as a whole; UNASKED: there was no reason to."""
 
+    UNASKED = "unasked"
     ANSWERED = "answered"
     ABSENT = "absent"
     MISMATCH = "mismatch"

@@ -213,7 +213,8 @@ def test_down_ends_computes_first_and_gives_every_function_back() -> None:
     assert kinds(plan) == [
         *("StopNode", "StopNode", "StopNode", "StopNetwork", "ReturnGpu", "ReturnGpu"),
         *("ResetGpu", "ResetGpu"),
-        *("BindFunction", "BindFunction", "BindFunction", "EraseLoan", "EraseLoan"),
+        *("BindFunction", "BindFunction", "BindFunction", "CheckGpu", "CheckGpu"),
+        *("EraseLoan", "EraseLoan"),
         "RemoveCluster",
     ]
     stopped = [a.node for a in plan.actions if isinstance(a, StopNode)]

@@ -106,7 +106,7 @@ def test_detach_of_a_card_on_nouveau_said_already_detached_and_did_nothing(tmp_p
 def test_attach_crashed_on_a_card_with_no_audio_function(tmp_path: Path) -> None:
     typed = machine_of(tmp_path, Function("0000:01:00.0", T4, 0x030200, "nvidia", group=1))
     before = typed.kernel.tree()
-    assert typed("detach", "01:00.0", "--yes")[0] == 0
+    assert typed("detach", "01:00.0", "--unhealthy", "--yes")[0] == 0
     assert typed("attach", "01:00.0", "--yes")[0] == 0
     assert typed.kernel.binding(PciAddress.parse("01:00.0")) == DriverBinding("nvidia", None)
     after = {name: text for name, text in typed.kernel.tree().items() if "var/lib" not in name}
@@ -171,7 +171,7 @@ def test_there_were_no_iommu_groups(tmp_path: Path) -> None:
     assert (gpu["iommu_group"], gpu["group_members"]) == (7, [card.address, other.address])
     host = read_host(tmp_path)
     assert [str(each) for each in closure(host, host.gpus[0])] == gpu["group_members"]
-    assert typed("detach", "01:00.0", "--yes")[0] == 0
+    assert typed("detach", "01:00.0", "--unhealthy", "--yes")[0] == 0
     assert typed.kernel.binding(PciAddress.parse("02:00.0")).driver == "vfio-pci"
 
 

@@ -223,7 +223,7 @@ def test_killed_at_every_boundary(kernel: FakeKernel, state: Path) -> None:
     assert not run_and_die(kernel, state, plan)
     detached = kernel.tree()
     boundaries = len(decide_attach(kernel, state).actions) * len(POINTS)
-    assert boundaries == 32
+    assert boundaries == 40
     for at in range(boundaries):
         assert run_and_die(kernel, state, decide_attach(kernel, state), at=at), at
         recover_all(kernel, state)

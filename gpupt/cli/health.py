@@ -1,0 +1,173 @@
+"""``gpupt health``: are the GPUs well, for people, scripts, Nagios and Prometheus."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+from gpupt.cli.context import Settings, common
+from gpupt.cli.host import terminal_colour
+from gpupt.errors import BadInput, GpuptError
+from gpupt.model.health import HealthReport
+
+UNKNOWN = 3
+LEAST_PERIOD = 1.0
+
+
+@click.command()
+@click.argument("name", metavar="[NAME]", required=False)
+@click.option(
+    "--all", "-a", "everything", is_flag=True, help="Every check, not only what is wrong."
+)
+@click.option("--lending", is_flag=True, help="Judge as before a loan: more is forbidden then.")
+@click.option("--nagios", is_flag=True, help="One line for Nagios, with performance data.")
+@click.option("--prometheus", is_flag=True, help="Metrics in Prometheus's text format.")
+@click.option(
+    "--output",
+    type=click.Path(dir_okay=False),
+    metavar="FILE",
+    help="Where --prometheus writes, whole or not at all.",
+)
+@click.option("--record", is_flag=True, help="Keep what the cards are now as the baseline.")
+@click.option("--against", metavar="baseline|FILE", help="Tell what changed since it was recorded.")
+@click.option("--watch", type=float, metavar="SECONDS", help="Look again and again, on a terminal.")
+@common
+def health(
+    settings: Settings,
+    *,
+    name: str | None,
+    everything: bool,
+    lending: bool,
+    nagios: bool,
+    prometheus: bool,
+    output: str | None,
+    record: bool,
+    against: str | None,
+    watch: float | None,
+) -> None:
+    """Check the health of the GPUs of this machine.
+
+    NVML (asked in a child with a deadline, so that no driver can hang gpupt), sysfs and the
+    kernel's log of this boot.  What could not be read fails; what a card does not support is
+    said so.  A card on vfio-pci is invisible to NVML: ask in the guest that has it.  Rules of
+    your own are in STATE/health.yaml.
+
+    \b
+    Exit status, as Nagios reads it:
+      0 OK    1 WARNING    2 CRITICAL    3 UNKNOWN (nothing could be judged)
+
+    \b
+    Examples:
+      gpupt health
+      gpupt health --nagios
+      gpupt health --prometheus --output /var/lib/prometheus/node-exporter/gpupt.prom
+      gpupt health --record             while all is well
+      gpupt health --against baseline   what changed since
+    """
+    try:
+        require_one_output(settings, nagios=nagios, prometheus=prometheus, output=output)
+        look_once = looker(settings, lending=lending, against=against, record=record)
+        if watch is not None:
+            watch_health(settings, look_once, period=watch, everything=everything)
+            return
+        report = look_once()
+        if prometheus:
+            tell_prometheus(report, output=output)
+        elif nagios:
+            from gpupt.report.health import nagios_line
+
+            click.echo(nagios_line(report))
+        elif settings.as_json:
+            from gpupt.report.health import health_json
+
+            settings.emit(health_json(report))
+        else:
+            from gpupt.report.health import health_lines
+
+            for line in health_lines(report, everything=everything, colour=terminal_colour()):
+                click.echo(line)
+    except GpuptError as error:
+        # Nagios takes 1 for a warning and 2 for a failing card: this is neither.
+        click.echo(f"gpupt: {error}", err=True)
+        sys.exit(UNKNOWN)
+    from gpupt.report.health import exit_code
+
+    # A timer that refreshes a file has done its work whatever the cards are.
+    sys.exit(0 if prometheus else exit_code(report))
+
+
+def require_one_output(
+    settings: Settings, *, nagios: bool, prometheus: bool, output: str | None
+) -> None:
+    """Raise BadInput where two kinds of output are asked for."""
+    if nagios + prometheus + settings.as_json > 1:
+        raise BadInput("give one of --json, --nagios and --prometheus")
+    if output is not None and not prometheus:
+        raise BadInput("--output goes with --prometheus", remedy="redirect stdout for the others")
+
+
+def looker(
+    settings: Settings, *, lending: bool, against: str | None, record: bool
+) -> Callable[[], HealthReport]:
+    """What looks once: judges, and compares or records where that is wanted."""
+    from gpupt.apply.host import utc
+    from gpupt.cli.healthlook import look
+    from gpupt.decide.baseline import against_baseline, take_baseline
+    from gpupt.edges.baselinefile import baseline_file, read_baseline, write_baseline
+
+    file = baseline_file(settings.state)
+    if against is not None and against != "baseline":
+        file = Path(against)
+    then = None if against is None else read_baseline(file)
+
+    def look_once() -> HealthReport:
+        found = look(settings, lending=lending)
+        report = found.report
+        now = take_baseline(found.host, found.driver, recorded=utc())
+        if then is not None:
+            report = against_baseline(report, now=now, then=then)
+        if record:
+            place = baseline_file(settings.state)
+            write_baseline(place, now)
+            settings.say(f"{place}: {len(now.cards)} GPUs recorded")
+        return report
+
+    return look_once
+
+
+def tell_prometheus(report: HealthReport, *, output: str | None) -> None:
+    """Write the metrics to a file, or to stdout."""
+    from gpupt.edges.baselinefile import write_whole
+    from gpupt.report.health import prometheus_text
+
+    text = prometheus_text(report, seconds=time.time())
+    if output is None:
+        click.echo(text, nl=False)
+    else:
+        write_whole(Path(output), text)
+
+
+def watch_health(
+    settings: Settings, look_once: Callable[[], HealthReport], *, period: float, everything: bool
+) -> None:
+    """Show the report until Ctrl-C, anew every ``period`` seconds; raises BadInput."""
+    if not sys.stdout.isatty() or settings.as_json:
+        raise BadInput("--watch is for a terminal", remedy="leave it out, and run it from a timer")
+    if not period >= LEAST_PERIOD:
+        raise BadInput(f"--watch {period:g}: every {LEAST_PERIOD:g} s at most")
+    from gpupt.report.health import health_lines
+
+    try:
+        while True:
+            begun = time.monotonic()
+            lines = health_lines(look_once(), everything=everything, colour=terminal_colour())
+            # Home, the text with each line cleared to its end, then everything below.
+            told = [f"gpupt health, every {period:g} s; Ctrl-C ends", "", *lines]
+            click.echo("\x1b[H" + "".join(f"{line}\x1b[K\n" for line in told) + "\x1b[J", nl=False)
+            time.sleep(max(0.0, begun + period - time.monotonic()))
+    except KeyboardInterrupt:
+        click.echo()

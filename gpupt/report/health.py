@@ -1,0 +1,244 @@
+"""GPU health for people, scripts, Nagios and Prometheus."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from gpupt.model.health import CheckResult, GpuHealth, HealthReport, Verdict
+from gpupt.report.tables import Cell, paint, plural, table
+
+# https://nagios-plugins.org/doc/guidelines.html: state words, and the exit codes behind them.
+NAGIOS = {
+    Verdict.OK: ("OK", 0),
+    Verdict.WARN: ("WARNING", 1),
+    Verdict.FAIL: ("CRITICAL", 2),
+    Verdict.UNSUPPORTED: ("UNKNOWN", 3),
+}
+SEVEREST = (Verdict.FAIL, Verdict.WARN, Verdict.OK, Verdict.UNSUPPORTED)
+COLOUR = {
+    Verdict.OK: "host",
+    Verdict.WARN: "warn",
+    Verdict.FAIL: "fail",
+    Verdict.UNSUPPORTED: "dim",
+}
+# Units that Nagios knows in performance data; any other is left out.
+UNITS_OF_NAGIOS = {"s", "%", "B"}
+MACHINE = "machine"
+
+
+def exit_code(report: HealthReport) -> int:
+    """What Nagios reads: 0 OK, 1 WARNING, 2 CRITICAL, 3 UNKNOWN."""
+    return NAGIOS[report.status][1]
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something wrong: what it is of, a check that says so, and how many say the same."""
+
+    subject: str
+    check: CheckResult
+    more: int = 0
+
+    @property
+    def said(self) -> str:
+        """``gpu_lost and 16 more: the card is lost to its driver``."""
+        more = f" and {self.more} more" if self.more else ""
+        return f"{self.check.id}{more}: {self.check.brief}"
+
+
+def problems(report: HealthReport) -> list[Problem]:
+    """What is not well, the worst first; one cause that fails many checks is told once."""
+    found: dict[tuple[str, str, Verdict], Problem] = {}
+    for subject, checks in subjects(report):
+        for check in checks:
+            if check.status not in {Verdict.FAIL, Verdict.WARN}:
+                continue
+            key = (subject, check.brief, check.status)
+            known = found.get(key)
+            found[key] = replace(known, more=known.more + 1) if known else Problem(subject, check)
+    return sorted(found.values(), key=lambda each: SEVEREST.index(each.check.status))
+
+
+def health_lines(report: HealthReport, *, everything: bool = False, colour: bool) -> list[str]:
+    """``gpupt health``: what is wrong, then a line for each GPU; ``everything``: each check."""
+    lines = []
+    for problem in problems(report):
+        check = problem.check
+        mark = paint(f"{check.status.value:<4}", COLOUR[check.status], colour=colour)
+        lines.append(f"{mark}  {problem.subject}  {problem.said}")
+        if check.threshold:
+            lines.append(f"      {paint(f'rule: {check.threshold}', 'dim', colour=colour)}")
+        if check.remedy:
+            lines.append(f"      → {check.remedy}")
+    if lines:
+        lines.append("")
+    if not report.gpus:
+        return [*lines, "no GPU was judged: there is none on this machine"]
+    lines += table(
+        ["GPU", "HEALTH", "DRIVER", "CHECKS", "NAME"],
+        [gpu_row(gpu) for gpu in report.gpus],
+        colour=colour,
+    )
+    if everything:
+        lines += ["", *check_lines(report, colour=colour)]
+    return lines
+
+
+def gpu_row(gpu: GpuHealth) -> list[Cell]:
+    """A GPU's line: its verdict, and how many checks said what."""
+    return [
+        Cell(str(gpu.address)),
+        Cell(gpu.status.value, COLOUR[gpu.status]),
+        Cell(gpu.driver or "–"),
+        Cell(counts(gpu.checks)),
+        Cell(gpu.name or "–"),
+    ]
+
+
+def counts(checks: Iterable[CheckResult]) -> str:
+    """``21 ok, 1 warn, 4 unsupported``."""
+    number = Counter(check.status for check in checks)
+    return ", ".join(
+        f"{number[verdict]} {verdict.value}" for verdict in SEVEREST if number[verdict]
+    )
+
+
+def check_lines(report: HealthReport, *, colour: bool) -> list[str]:
+    """Every check, a line each."""
+    rows = [
+        [
+            Cell(subject),
+            Cell(check.id),
+            Cell(check.status.value, COLOUR[check.status]),
+            Cell(check.value or "–"),
+            Cell(check.threshold or "–", "dim"),
+        ]
+        for subject, checks in subjects(report)
+        for check in checks
+    ]
+    return table(["SUBJECT", "CHECK", "", "VALUE", "RULE"], rows, colour=colour)
+
+
+def subjects(report: HealthReport) -> Iterator[tuple[str, Sequence[CheckResult]]]:
+    """The machine and each GPU, with their checks."""
+    if report.machine:
+        yield MACHINE, report.machine
+    for gpu in report.gpus:
+        yield str(gpu.address), gpu.checks
+
+
+def health_json(report: HealthReport) -> dict[str, Any]:
+    """``gpupt health --json``."""
+    return {
+        "status": report.status.value,
+        "gpus": [
+            {
+                "address": str(gpu.address),
+                "uuid": gpu.uuid,
+                "name": gpu.name,
+                "driver": gpu.driver,
+                "status": gpu.status.value,
+                "checks": [check_json(check) for check in gpu.checks],
+            }
+            for gpu in report.gpus
+        ],
+        "machine": [check_json(check) for check in report.machine],
+    }
+
+
+def check_json(check: CheckResult) -> dict[str, Any]:
+    """One check; ``number`` and ``unit`` are the value for programs."""
+    return {
+        "id": check.id,
+        "status": check.status.value,
+        "value": check.value,
+        "threshold": check.threshold,
+        "remedy": check.remedy,
+        "brief": check.brief,
+        "number": check.number,
+        "unit": check.unit,
+    }
+
+
+def nagios_line(report: HealthReport) -> str:
+    """One line for Nagios: the state, what is wrong, and performance data."""
+    word = NAGIOS[report.status][0]
+    wrong = problems(report)
+    if not report.gpus:
+        said = "no GPU on this machine"
+    elif wrong:
+        said = "; ".join(f"{problem.subject} {problem.said}" for problem in wrong)
+    elif report.status is Verdict.UNSUPPORTED:
+        said = "nothing could be checked"
+    else:
+        said = f"{plural(len(report.gpus), 'GPU')} well"
+    data = " ".join(performance(report))
+    # A bar begins the performance data, and only the first line counts.
+    text = re.sub(r"\s+", " ", said.replace("|", "/"))
+    return f"GPU {word} - {text}" + (f" | {data}" if data else "")
+
+
+def performance(report: HealthReport) -> Iterator[str]:
+    """``'0000:41:00.0 temperature'=45`` for each value that is a quantity."""
+    for subject, checks in subjects(report):
+        for check in checks:
+            if check.number is not None and check.unit:
+                unit = check.unit if check.unit in UNITS_OF_NAGIOS else ""
+                yield f"'{subject} {check.id}'={check.number:g}{unit}"
+
+
+def prometheus_text(report: HealthReport, *, seconds: float) -> str:
+    """The report in Prometheus's text format, for a node exporter's textfile collector.
+
+    ``seconds`` is when it was made (Unix time), so that a file that is not refreshed any more
+    is seen to be old.
+    """
+    lines = [
+        "# HELP gpupt_gpu_health 0 ok, 1 warn, 2 fail, 3 not to be judged.",
+        "# TYPE gpupt_gpu_health gauge",
+    ]
+    for gpu in report.gpus:
+        names = labels(
+            address=str(gpu.address),
+            uuid=gpu.uuid or "",
+            name=gpu.name or "",
+            driver=gpu.driver or "",
+        )
+        lines.append(f"gpupt_gpu_health{names} {NAGIOS[gpu.status][1]}")
+    lines += [
+        "# HELP gpupt_health_check 0 ok, 1 warn, 2 fail, 3 not supported.",
+        "# TYPE gpupt_health_check gauge",
+    ]
+    values = []
+    for subject, checks in subjects(report):
+        for check in checks:
+            names = labels(subject=subject, check=check.id)
+            lines.append(f"gpupt_health_check{names} {NAGIOS[check.status][1]}")
+            if check.number is not None:
+                more = labels(subject=subject, check=check.id, unit=check.unit)
+                values.append(f"gpupt_health_value{more} {check.number:g}")
+    lines += [
+        "# HELP gpupt_health_value What a check measured, in its unit.",
+        "# TYPE gpupt_health_value gauge",
+        *values,
+        "# HELP gpupt_health_status The worst of all: 0 ok, 1 warn, 2 fail, 3 not to be judged.",
+        "# TYPE gpupt_health_status gauge",
+        f"gpupt_health_status {NAGIOS[report.status][1]}",
+        "# HELP gpupt_health_time_seconds When the checks were made.",
+        "# TYPE gpupt_health_time_seconds gauge",
+        f"gpupt_health_time_seconds {seconds:.0f}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def labels(**given: str) -> str:
+    """``{address="0000:41:00.0",name="…"}``, escaped as the format asks."""
+    escaped = (
+        (name, text.replace("\\", "\\\\").replace("\n", "\\n").replace('"', '\\"'))
+        for name, text in given.items()
+    )
+    return "{" + ",".join(f'{name}="{text}"' for name, text in escaped) + "}"
