@@ -152,6 +152,14 @@ def about_card(gpu: Gpu, functions: list[PciDevice], *, boot_gpu: bool) -> Itera
                 f"config space of {device.address} reads all ones",
                 remedy="power the machine off and on again",
             )
+        if device.locked:
+            yield refusal(
+                "unbind-stuck",
+                gpu,
+                "the kernel keeps it locked",
+                f"{device.address}: an unbind or a reset of it has not ended",
+                remedy="stop what holds it (gpupt doctor names it); a reboot may be needed",
+            )
         if device.boot_vga and not boot_gpu:
             yield refusal(
                 "boot-framebuffer",

@@ -14,6 +14,7 @@ import warnings
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
+from gpupt.edges.apart import DEADLINE, read_apart
 from gpupt.edges.sysfs import Reader
 from gpupt.errors import BadInput, DeadlineExceeded, Failed
 from gpupt.model.gpus import identity_of
@@ -49,7 +50,22 @@ class Kernel:
                 remedy="the card was removed or has fallen off the bus; dmesg says when",
             )
         driver = self.reader.link(f"{BUS}/devices/{address}/driver")
-        return DriverBinding(driver, self.reader.override(address))
+        return DriverBinding(driver, self.override(address))
+
+    def override(self, address: PciAddress) -> str | None:
+        """The function's driver_override; raises DeadlineExceeded while the kernel holds it."""
+        path = f"{BUS}/devices/{address}/driver_override"
+        if self.reader.top is not None:
+            return self.reader.override(address)
+        told = read_apart([f"/{path}"]).get(f"/{path}")
+        if told is None:
+            raise DeadlineExceeded(
+                f"the kernel keeps {address} locked",
+                details=f"/{path} was not read within {DEADLINE:g} s",
+                remedy="an unbind or a reset of it has not ended; a reboot may be needed",
+            )
+        said = told.decode("utf-8", errors="replace").strip() if isinstance(told, bytes) else ""
+        return None if said in {"", "(null)"} else said
 
     def identity(self, address: PciAddress) -> Identity | None:
         """What card it is, as the kernel remembers it: a lost one too; None when it is gone."""
@@ -83,8 +99,9 @@ class Kernel:
     def lost(self, address: PciAddress) -> bool:
         """Whether the function's config space reads all ones: it has fallen off the bus."""
         folder = f"{BUS}/devices/{address}"
-        virtual = self.reader.link(f"{folder}/physfn") is not None
-        return self.reader.lost(folder, virtual=virtual)
+        reader = Reader(self.root)
+        reader.foresee([address])
+        return reader.lost(folder, virtual=reader.link(f"{folder}/physfn") is not None)
 
     def resettable(self, address: PciAddress) -> bool:
         """Whether the kernel knows a way to reset the function alone."""

@@ -12,10 +12,12 @@ import math
 import os
 import re
 import stat
+from collections.abc import Iterable
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
 
+from gpupt.edges.apart import read_apart
 from gpupt.errors import BadInput
 from gpupt.model.gpus import find_gpus, is_gpu_class
 from gpupt.model.host import Critical, Host
@@ -44,6 +46,8 @@ IORESOURCE_MEM_64 = 0x100000
 IORESOURCE_UNSET = 0x20000000
 RESOURCE_ROWS_OF_BARS = 6
 MOST_LANES = 32
+# Shown under the device's lock, or not while it is reset.
+LOCKED = ("driver_override", "sriov_numvfs", "config")
 
 
 def read_host(root: Path, *, whole: bool = False) -> Host:
@@ -58,10 +62,15 @@ def read_host(root: Path, *, whole: bool = False) -> Host:
     for device in devices.values():
         if device.iommu_group is not None:
             members.setdefault(device.iommu_group, []).append(device.address)
-    for address, device in devices.items():
-        if whole or is_gpu_class(device.class_code, vendor=device.id.vendor):
-            reader.stand_in(f"sys/bus/pci/devices/{address}")
-            devices[address] = reader.in_full(device)
+    in_full = [
+        device
+        for device in devices.values()
+        if whole or is_gpu_class(device.class_code, vendor=device.id.vendor)
+    ]
+    reader.foresee(device.address for device in in_full)
+    for device in in_full:
+        reader.stand_in(f"sys/bus/pci/devices/{device.address}")
+        devices[device.address] = reader.in_full(device)
     reader.step_out()
     gpus = find_gpus(devices)
     with_gpu = {
@@ -117,6 +126,8 @@ class Reader:
     def __init__(self, root: Path) -> None:
         self.root = f"{os.fspath(root).rstrip('/')}/"
         self.denied: list[str] = []
+        self.foreseen: dict[str, bytes | None] = {}
+        self.locked: set[PciAddress] = set()
         top = os.path.realpath(self.root)
         self.top = None if top == "/" else top
         self.seen_inside: set[str] = set()
@@ -133,7 +144,10 @@ class Reader:
         return None if raw is None else raw.decode("utf-8", errors="replace").strip()
 
     def bytes(self, path: str, *, most: int) -> bytes | None:
-        """The first bytes of a file; None: absent or denied."""
+        """The first bytes of a file; None: absent, denied, or locked by the kernel."""
+        if path in self.foreseen:
+            kept = self.foreseen[path]
+            return None if kept is None else kept[:most]
         number = self.open(path)
         if number is None:
             return None
@@ -144,6 +158,30 @@ class Reader:
             return None
         finally:
             os.close(number)
+
+    def foresee(self, addresses: Iterable[PciAddress]) -> None:
+        """Read what the running kernel may keep locked, in a child with a deadline.
+
+        What is locked is named in ``denied``, and None like what is absent; ``locked`` has the
+        functions that it is of."""
+        if self.top is not None:
+            return
+        paths = {
+            f"sys/bus/pci/devices/{address}/{name}": address
+            for address in addresses
+            for name in LOCKED
+            # A card that sleeps is not woken to be asked.
+            if name != "config" or not self.asleep(f"sys/bus/pci/devices/{address}")
+        }
+        told = read_apart([self.root + path for path in paths])
+        for path, address in paths.items():
+            data = told.get(self.root + path)
+            self.foreseen[path] = data if isinstance(data, bytes) else None
+            if data is None:
+                self.denied.append(f"/{path} (the kernel keeps it locked)")
+                self.locked.add(address)
+            elif isinstance(data, PermissionError):
+                self.denied.append(f"/{path}")
 
     def whole(self, path: str) -> str:
         """All of a file, such as one of /proc that comes in pieces; empty: absent or denied."""
@@ -389,6 +427,7 @@ class Reader:
         lost = not asleep and self.lost(folder, virtual=physfn is not None)
         return replace(
             device,
+            locked=device.address in self.locked,
             binding=DriverBinding(device.binding.driver, self.override(device.address)),
             revision=self.number(f"{folder}/revision"),
             numa_node=None if numa is None or numa < 0 else numa,

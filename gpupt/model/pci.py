@@ -99,7 +99,8 @@ class PciDevice:
     """One PCI function as sysfs shows it; None is what the kernel did not say.
 
     ``class_code`` has 24 bits (0x030200: 3D controller).  ``lost`` is true when config
-    space reads all ones: the card has fallen off the bus."""
+    space reads all ones: the card has fallen off the bus; ``locked`` when the kernel holds it
+    in an unbind or a reset that did not end."""
 
     address: PciAddress
     id: PciId
@@ -118,6 +119,7 @@ class PciDevice:
     sriov_numvfs: int | None = None
     d3cold_allowed: bool | None = None
     lost: bool = False
+    locked: bool = False
     name: str | None = None
 
 
