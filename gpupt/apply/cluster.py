@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,8 @@ from gpupt.actions import (
     StopNode,
 )
 from gpupt.apply.clusterworld import ClusterWorld
-from gpupt.apply.waits import await_node, await_roll
+from gpupt.apply.host import fence_for
+from gpupt.apply.waits import await_node, await_roll, require_well
 from gpupt.apply.world import World
 from gpupt.decide.domain import (
     Credential,
@@ -70,6 +72,8 @@ def perform(action: Action, world: World) -> None:
             stop_node(action, ours, patience=STOP_SECONDS, narrate=world.narrate)
         case AwaitNode():
             await_node(action, ours, narrate=world.narrate)
+            fence = partial(fence_for, world=world)
+            require_well(action, ours, fence=fence, narrate=world.narrate)
         case AwaitRoll():
             await_roll(action, ours, narrate=world.narrate)
         case _:

@@ -35,7 +35,7 @@ from gpupt.edges.bootrules import remove_rule, write_rule
 from gpupt.edges.kernel import Kernel
 from gpupt.errors import DeadlineExceeded, Failed
 from gpupt.model.gpus import is_another_card
-from gpupt.model.health import Verdict
+from gpupt.model.health import CheckResult, Verdict
 from gpupt.model.host import Attribute, Fence, Loan
 from gpupt.model.pci import DriverBinding, PciAddress
 
@@ -198,16 +198,24 @@ def check_gpu(gpu: PciAddress, world: World) -> None:
     if found is None:
         world.narrate(f"{gpu}: its health is not checked")
         return
-    wrong = [check for check in found.checks if check.status is Verdict.FAIL]
+    for check in found.checks:
+        if check.status is Verdict.FAIL:
+            fence_for(gpu, check, world=world)
+
+
+def fence_for(gpu: PciAddress, check: CheckResult, *, world: World) -> None:
+    """Fence a GPU that fails a check of its health; one that is fenced gets more evidence."""
     card = world.kernel.identity(gpu)
+    if card is None:
+        return
+    line = f"{check.id}: {check.brief}"
     known = world.journal.ledger.fences.get(gpu)
-    # What kept it from coming back whole says more than what is seen of it now.
-    fenced = card is not None and known is not None and not is_another_card(card, known.identity)
-    if wrong and card is not None and not fenced:
-        reason = f"its health: {wrong[0].id}: {wrong[0].brief}"
-        evidence = tuple(dict.fromkeys(f"{check.id}: {check.brief}" for check in wrong))
-        world.journal.fence(Fence(gpu, card, reason, utc(), evidence))
-        world.narrate(f"{gpu} is fenced: {reason}")
+    if known is None or is_another_card(card, known.identity):
+        world.journal.fence(Fence(gpu, card, f"its health: {line}", utc(), (line,)))
+        world.narrate(f"{gpu} is fenced: {line}")
+    elif line not in known.evidence:
+        # What kept it from coming back whole says more than what is seen of it now.
+        world.journal.fence(replace(known, evidence=(*known.evidence, line)))
 
 
 def utc() -> str:

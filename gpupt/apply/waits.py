@@ -14,8 +14,11 @@ from gpupt.actions import AwaitNode, AwaitRoll
 from gpupt.apply.clusterworld import ClusterWorld
 from gpupt.decide.domain import domain_name
 from gpupt.decide.facts import assess_facts, parse_facts
+from gpupt.decide.nodehealth import in_the_node
 from gpupt.errors import DeadlineExceeded, Failed, GpuptError
 from gpupt.model.cluster import Placement
+from gpupt.model.health import CheckResult
+from gpupt.model.pci import PciAddress
 from gpupt.model.roll import Check
 
 if TYPE_CHECKING:
@@ -27,6 +30,7 @@ FACTS_SECONDS = 180.0
 # kernel's start; nodes there boot in a third of this.
 STUCK_SECONDS = 300.0
 CONNECT_SECONDS = 120.0
+HEALTH_SECONDS = 120.0
 JOURNAL_SECONDS = 60.0
 # An emulated host's nodes share its few slow processors, and are several times slower still.
 SLOW_FACTOR = 4
@@ -78,6 +82,38 @@ def await_node(action: AwaitNode, ours: ClusterWorld, *, narrate: Callable[[str]
     seen = Counter(f"{gpu.id}" for gpu in facts.gpus)
     shown = ", ".join(f"{count} × {name}" for name, count in seen.items()) or "no GPU, as declared"
     narrate(f"{node} is up after {ours.ready[node]:.0f} s and sees {shown}")
+
+
+def require_well(
+    action: AwaitNode,
+    ours: ClusterWorld,
+    *,
+    fence: Callable[[PciAddress, CheckResult], None],
+    narrate: Callable[[str], None],
+) -> None:
+    """Raise Failed, with the card fenced, when a GPU of the node is not well there.
+
+    Asked of nodes that have NVIDIA's library: no other can say more than the host did.
+    """
+    facts = ours.facts.get(action.placement.node.name)
+    if facts is None or not facts.nvml or not action.placement.cards:
+        return
+    from gpupt.edges.nodehealth import ask_node
+
+    node = action.placement.node.name
+    ssh = ours.ssh(action.cluster, action.placement, deadline=CONNECT_SECONDS)
+    deadline = HEALTH_SECONDS * (SLOW_FACTOR if ours.slow else 1)
+    report = ask_node(ssh, state=ours.state, lending=True, deadline=deadline)
+    wrong = in_the_node(report, action.placement)
+    for gpu, check in wrong:
+        fence(gpu, check)
+    if wrong:
+        raise Failed(
+            f"a GPU of {node} is not well: {wrong[0][1].brief}",
+            details=tuple(f"{gpu}: {check.id}: {check.brief}" for gpu, check in wrong),
+            remedy="it is fenced: up again gives the node another one, if any is free",
+        )
+    narrate(f"{node}: its {len(action.placement.cards)} GPUs are well")
 
 
 def await_roll(action: AwaitRoll, ours: ClusterWorld, *, narrate: Callable[[str], None]) -> None:

@@ -6,15 +6,23 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from gpupt.cli.context import Settings, common
 from gpupt.cli.host import terminal_colour
 from gpupt.errors import BadInput, GpuptError
-from gpupt.model.health import HealthReport
+from gpupt.model.health import CheckResult, HealthReport, Verdict
+
+if TYPE_CHECKING:
+    from gpupt.apply.clusterworld import ClusterWorld
+    from gpupt.model.cluster import Placement
+    from gpupt.report.health import Reports
 
 UNKNOWN = 3
+CONNECT_SECONDS = 30.0
+MOST_NODES = 32
 LEAST_PERIOD = 1.0
 
 
@@ -49,12 +57,12 @@ def health(
     against: str | None,
     watch: float | None,
 ) -> None:
-    """Check the health of the GPUs of this machine.
+    """Check the health of the GPUs of this machine, or of a cluster's nodes.
 
     NVML (asked in a child with a deadline, so that no driver can hang gpupt), sysfs and the
     kernel's log of this boot.  What could not be read fails; what a card does not support is
-    said so.  A card on vfio-pci is invisible to NVML: ask in the guest that has it.  Rules of
-    your own are in STATE/health.yaml.
+    said so.  A card on vfio-pci is invisible to NVML: with NAME, the nodes of that cluster are
+    asked, all at the same time.  Rules of your own are in STATE/health.yaml.
 
     \b
     Exit status, as Nagios reads it:
@@ -63,6 +71,7 @@ def health(
     \b
     Examples:
       gpupt health
+      gpupt health herbarium            every node of a cluster
       gpupt health --nagios
       gpupt health --prometheus --output /var/lib/prometheus/node-exporter/gpupt.prom
       gpupt health --record             while all is well
@@ -70,25 +79,29 @@ def health(
     """
     try:
         require_one_output(settings, nagios=nagios, prometheus=prometheus, output=output)
-        look_once = looker(settings, lending=lending, against=against, record=record)
+        look_once = (
+            looker(settings, lending=lending, against=against, record=record)
+            if name is None
+            else cluster_looker(settings, name, lending=lending, kept=record or bool(against))
+        )
         if watch is not None:
             watch_health(settings, look_once, period=watch, everything=everything)
             return
-        report = look_once()
+        reports = look_once()
         if prometheus:
-            tell_prometheus(report, output=output)
+            tell_prometheus(reports, output=output)
         elif nagios:
             from gpupt.report.health import nagios_line
 
-            click.echo(nagios_line(report))
+            click.echo(nagios_line(reports))
         elif settings.as_json:
-            from gpupt.report.health import health_json
+            from gpupt.report.health import cluster_json, health_json
 
-            settings.emit(health_json(report))
+            settings.emit(health_json(reports[""]) if name is None else cluster_json(name, reports))
         else:
             from gpupt.report.health import health_lines
 
-            for line in health_lines(report, everything=everything, colour=terminal_colour()):
+            for line in health_lines(reports, everything=everything, colour=terminal_colour()):
                 click.echo(line)
     except GpuptError as error:
         # Nagios takes 1 for a warning and 2 for a failing card: this is neither.
@@ -97,7 +110,7 @@ def health(
     from gpupt.report.health import exit_code
 
     # A timer that refreshes a file has done its work whatever the cards are.
-    sys.exit(0 if prometheus else exit_code(report))
+    sys.exit(0 if prometheus else exit_code(reports))
 
 
 def require_one_output(
@@ -112,7 +125,7 @@ def require_one_output(
 
 def looker(
     settings: Settings, *, lending: bool, against: str | None, record: bool
-) -> Callable[[], HealthReport]:
+) -> Callable[[], Reports]:
     """What looks once: judges, and compares or records where that is wanted."""
     from gpupt.apply.host import utc
     from gpupt.cli.healthlook import look
@@ -124,7 +137,7 @@ def looker(
         file = Path(against)
     then = None if against is None else read_baseline(file)
 
-    def look_once() -> HealthReport:
+    def look_once() -> Reports:
         found = look(settings, lending=lending)
         report = found.report
         now = take_baseline(found.host, found.driver, recorded=utc())
@@ -134,17 +147,61 @@ def looker(
             place = baseline_file(settings.state)
             write_baseline(place, now)
             settings.say(f"{place}: {len(now.cards)} GPUs recorded")
-        return report
+        return {"": report}
 
     return look_once
 
 
-def tell_prometheus(report: HealthReport, *, output: str | None) -> None:
+def cluster_looker(
+    settings: Settings, name: str, *, lending: bool, kept: bool
+) -> Callable[[], Reports]:
+    """What looks once at every node of a cluster that has GPUs; raises BadInput."""
+    if kept:
+        raise BadInput("--record and --against are of this machine's cards, not of a cluster's")
+    from concurrent.futures import ThreadPoolExecutor
+
+    from gpupt.cli.clusterworld import cluster_world
+    from gpupt.cli.nodes import require_cluster
+
+    placements = [p for p in require_cluster(settings, name).allocation.placements if p.cards]
+
+    def look_once() -> Reports:
+        ours = cluster_world(settings)
+
+        def one(placement: Placement) -> HealthReport:
+            return node_report(settings, ours, name, placement, lending=lending)
+
+        try:
+            with ThreadPoolExecutor(max_workers=min(len(placements), MOST_NODES) or 1) as pool:
+                found = list(pool.map(one, placements))
+        finally:
+            ours.close()
+        return {p.node.name: report for p, report in zip(placements, found, strict=True)}
+
+    return look_once
+
+
+def node_report(
+    settings: Settings, ours: ClusterWorld, cluster: str, placement: Placement, *, lending: bool
+) -> HealthReport:
+    """The health of a node's GPUs; a node that does not answer fails."""
+    from gpupt.decide.nodehealth import counted
+    from gpupt.edges.nodehealth import ask_node
+
+    try:
+        ssh = ours.ssh(cluster, placement, deadline=CONNECT_SECONDS)
+        return counted(ask_node(ssh, state=settings.state, lending=lending), placement)
+    except GpuptError as error:
+        check = CheckResult("node", Verdict.FAIL, error.brief, remedy=error.remedy)
+        return HealthReport((), (check,))
+
+
+def tell_prometheus(reports: Reports, *, output: str | None) -> None:
     """Write the metrics to a file, or to stdout."""
     from gpupt.edges.baselinefile import write_whole
     from gpupt.report.health import prometheus_text
 
-    text = prometheus_text(report, seconds=time.time())
+    text = prometheus_text(reports, seconds=time.time())
     if output is None:
         click.echo(text, nl=False)
     else:
@@ -152,7 +209,7 @@ def tell_prometheus(report: HealthReport, *, output: str | None) -> None:
 
 
 def watch_health(
-    settings: Settings, look_once: Callable[[], HealthReport], *, period: float, everything: bool
+    settings: Settings, look_once: Callable[[], Reports], *, period: float, everything: bool
 ) -> None:
     """Show the report until Ctrl-C, anew every ``period`` seconds; raises BadInput."""
     if not sys.stdout.isatty() or settings.as_json:

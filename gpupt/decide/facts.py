@@ -21,7 +21,8 @@ class SeenGpu:
 
 @dataclass(frozen=True, slots=True)
 class NodeFacts:
-    """A node's own account; ``own_keys`` and ``own_host_key``: they came by credentials."""
+    """A node's own account; ``own_keys`` and ``own_host_key``: they came by credentials;
+    ``nvml``: NVIDIA's management library is there."""
 
     hostname: str
     role: str
@@ -31,6 +32,7 @@ class NodeFacts:
     own_host_key: bool
     home: str
     failed_units: tuple[str, ...]
+    nvml: bool = False
 
 
 def parse_facts(text: str) -> NodeFacts:
@@ -53,6 +55,7 @@ def parse_facts(text: str) -> NodeFacts:
             own_host_key=told["identity"]["host_key_from_credential"] is True,
             home=str(told["home"]),
             failed_units=tuple(str(unit) for unit in told["failed_units"]),
+            nvml=told.get("nvml") is True,
         )
     except (ValueError, KeyError, TypeError) as error:
         raise Failed(

@@ -26,8 +26,8 @@ _FUNCTION = rf"{_SLOT}\.[0-7]"
 # As kernel_rc.c of NVIDIA's open driver prints it: no function, and on a card with MIG the GPU
 # and compute instance after the address.  Drivers before 300 print no `PCI:`.
 _XID = re.compile(
-    rf"NVRM: Xid \((?:PCI:)?(?P<slot>{_SLOT})(?:\.[0-7])?(?: GPU-[^)]*)?\): (?P<xid>\d{{1,6}})(?!\d)"
-    r"(?:, (?P<message>.*))?",
+    rf"NVRM: Xid \((?:PCI:)?(?P<slot>{_SLOT})(?:\.[0-7])?(?: GPU-[^)]*)?\): (?P<xid>\d{{1,6}})"
+    r"(?!\d)(?:, (?P<message>.*))?",
     re.I | re.S,
 )
 _PROCESS = re.compile(r"pid='?(?P<pid>\d+|<unknown>)'?(?:, name=(?P<name>[^,]*))?(?:, |$)")

@@ -1,14 +1,17 @@
-"""GPU health for people, scripts, Nagios and Prometheus."""
+"""GPU health for people, scripts, Nagios and Prometheus.
+
+Reports come by the name of the machine that they are of: a node's, or empty for this one.
+"""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from gpupt.model.health import CheckResult, GpuHealth, HealthReport, Verdict
+from gpupt.model.health import CheckResult, GpuHealth, HealthReport, Verdict, worst
 from gpupt.report.tables import Cell, paint, plural, table
 
 # https://nagios-plugins.org/doc/guidelines.html: state words, and the exit codes behind them.
@@ -28,11 +31,17 @@ COLOUR = {
 # Units that Nagios knows in performance data; any other is left out.
 UNITS_OF_NAGIOS = {"s", "%", "B"}
 MACHINE = "machine"
+Reports = Mapping[str, HealthReport]
 
 
-def exit_code(report: HealthReport) -> int:
+def verdict_of(reports: Reports) -> Verdict:
+    """The worst of all."""
+    return worst(report.status for report in reports.values())
+
+
+def exit_code(reports: Reports) -> int:
     """What Nagios reads: 0 OK, 1 WARNING, 2 CRITICAL, 3 UNKNOWN."""
-    return NAGIOS[report.status][1]
+    return NAGIOS[verdict_of(reports)][1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +59,10 @@ class Problem:
         return f"{self.check.id}{more}: {self.check.brief}"
 
 
-def problems(report: HealthReport) -> list[Problem]:
+def problems(reports: Reports) -> list[Problem]:
     """What is not well, the worst first; one cause that fails many checks is told once."""
     found: dict[tuple[str, str, Verdict], Problem] = {}
-    for subject, checks in subjects(report):
+    for subject, checks in subjects(reports):
         for check in checks:
             if check.status not in {Verdict.FAIL, Verdict.WARN}:
                 continue
@@ -63,10 +72,10 @@ def problems(report: HealthReport) -> list[Problem]:
     return sorted(found.values(), key=lambda each: SEVEREST.index(each.check.status))
 
 
-def health_lines(report: HealthReport, *, everything: bool = False, colour: bool) -> list[str]:
+def health_lines(reports: Reports, *, everything: bool = False, colour: bool) -> list[str]:
     """``gpupt health``: what is wrong, then a line for each GPU; ``everything``: each check."""
     lines = []
-    for problem in problems(report):
+    for problem in problems(reports):
         check = problem.check
         mark = paint(f"{check.status.value:<4}", COLOUR[check.status], colour=colour)
         lines.append(f"{mark}  {problem.subject}  {problem.said}")
@@ -76,15 +85,17 @@ def health_lines(report: HealthReport, *, everything: bool = False, colour: bool
             lines.append(f"      → {check.remedy}")
     if lines:
         lines.append("")
-    if not report.gpus:
-        return [*lines, "no GPU was judged: there is none on this machine"]
-    lines += table(
-        ["GPU", "HEALTH", "DRIVER", "CHECKS", "NAME"],
-        [gpu_row(gpu) for gpu in report.gpus],
-        colour=colour,
-    )
+    rows = [
+        [*([Cell(node)] if node else []), *gpu_row(gpu)]
+        for node, report in reports.items()
+        for gpu in report.gpus
+    ]
+    if not rows:
+        return [*lines, "no GPU was judged: there is none here"]
+    head = ["GPU", "HEALTH", "DRIVER", "CHECKS", "NAME"]
+    lines += table(["NODE", *head] if len(rows[0]) > len(head) else head, rows, colour=colour)
     if everything:
-        lines += ["", *check_lines(report, colour=colour)]
+        lines += ["", *check_lines(reports, colour=colour)]
     return lines
 
 
@@ -107,7 +118,7 @@ def counts(checks: Iterable[CheckResult]) -> str:
     )
 
 
-def check_lines(report: HealthReport, *, colour: bool) -> list[str]:
+def check_lines(reports: Reports, *, colour: bool) -> list[str]:
     """Every check, a line each."""
     rows = [
         [
@@ -117,18 +128,28 @@ def check_lines(report: HealthReport, *, colour: bool) -> list[str]:
             Cell(check.value or "–"),
             Cell(check.threshold or "–", "dim"),
         ]
-        for subject, checks in subjects(report)
+        for subject, checks in subjects(reports)
         for check in checks
     ]
     return table(["SUBJECT", "CHECK", "", "VALUE", "RULE"], rows, colour=colour)
 
 
-def subjects(report: HealthReport) -> Iterator[tuple[str, Sequence[CheckResult]]]:
-    """The machine and each GPU, with their checks."""
-    if report.machine:
-        yield MACHINE, report.machine
-    for gpu in report.gpus:
-        yield str(gpu.address), gpu.checks
+def subjects(reports: Reports) -> Iterator[tuple[str, Sequence[CheckResult]]]:
+    """Each machine and each GPU, with their checks; a node's are called NODE/GPU."""
+    for node, report in reports.items():
+        if report.machine:
+            yield node or MACHINE, report.machine
+        for gpu in report.gpus:
+            yield f"{node}/{gpu.address}" if node else str(gpu.address), gpu.checks
+
+
+def cluster_json(cluster: str, reports: Reports) -> dict[str, Any]:
+    """``gpupt health NAME --json``."""
+    return {
+        "cluster": cluster,
+        "status": verdict_of(reports).value,
+        "nodes": {node: health_json(report) for node, report in reports.items()},
+    }
 
 
 def health_json(report: HealthReport) -> dict[str, Any]:
@@ -164,34 +185,36 @@ def check_json(check: CheckResult) -> dict[str, Any]:
     }
 
 
-def nagios_line(report: HealthReport) -> str:
+def nagios_line(reports: Reports) -> str:
     """One line for Nagios: the state, what is wrong, and performance data."""
-    word = NAGIOS[report.status][0]
-    wrong = problems(report)
-    if not report.gpus:
-        said = "no GPU on this machine"
+    status = verdict_of(reports)
+    word = NAGIOS[status][0]
+    wrong = problems(reports)
+    gpus = [gpu for report in reports.values() for gpu in report.gpus]
+    if not gpus and not wrong:
+        said = "no GPU here"
     elif wrong:
         said = "; ".join(f"{problem.subject} {problem.said}" for problem in wrong)
-    elif report.status is Verdict.UNSUPPORTED:
+    elif status is Verdict.UNSUPPORTED:
         said = "nothing could be checked"
     else:
-        said = f"{plural(len(report.gpus), 'GPU')} well"
-    data = " ".join(performance(report))
+        said = f"{plural(len(gpus), 'GPU')} well"
+    data = " ".join(performance(reports))
     # A bar begins the performance data, and only the first line counts.
     text = re.sub(r"\s+", " ", said.replace("|", "/"))
     return f"GPU {word} - {text}" + (f" | {data}" if data else "")
 
 
-def performance(report: HealthReport) -> Iterator[str]:
+def performance(reports: Reports) -> Iterator[str]:
     """``'0000:41:00.0 temperature'=45`` for each value that is a quantity."""
-    for subject, checks in subjects(report):
+    for subject, checks in subjects(reports):
         for check in checks:
             if check.number is not None and check.unit:
                 unit = check.unit if check.unit in UNITS_OF_NAGIOS else ""
                 yield f"'{subject} {check.id}'={check.number:g}{unit}"
 
 
-def prometheus_text(report: HealthReport, *, seconds: float) -> str:
+def prometheus_text(reports: Reports, *, seconds: float) -> str:
     """The report in Prometheus's text format, for a node exporter's textfile collector.
 
     ``seconds`` is when it was made (Unix time), so that a file that is not refreshed any more
@@ -201,20 +224,22 @@ def prometheus_text(report: HealthReport, *, seconds: float) -> str:
         "# HELP gpupt_gpu_health 0 ok, 1 warn, 2 fail, 3 not to be judged.",
         "# TYPE gpupt_gpu_health gauge",
     ]
-    for gpu in report.gpus:
-        names = labels(
-            address=str(gpu.address),
-            uuid=gpu.uuid or "",
-            name=gpu.name or "",
-            driver=gpu.driver or "",
-        )
-        lines.append(f"gpupt_gpu_health{names} {NAGIOS[gpu.status][1]}")
+    for node, report in reports.items():
+        for gpu in report.gpus:
+            names = labels(
+                node=node,
+                address=str(gpu.address),
+                uuid=gpu.uuid or "",
+                name=gpu.name or "",
+                driver=gpu.driver or "",
+            )
+            lines.append(f"gpupt_gpu_health{names} {NAGIOS[gpu.status][1]}")
     lines += [
         "# HELP gpupt_health_check 0 ok, 1 warn, 2 fail, 3 not supported.",
         "# TYPE gpupt_health_check gauge",
     ]
     values = []
-    for subject, checks in subjects(report):
+    for subject, checks in subjects(reports):
         for check in checks:
             names = labels(subject=subject, check=check.id)
             lines.append(f"gpupt_health_check{names} {NAGIOS[check.status][1]}")
@@ -227,7 +252,7 @@ def prometheus_text(report: HealthReport, *, seconds: float) -> str:
         *values,
         "# HELP gpupt_health_status The worst of all: 0 ok, 1 warn, 2 fail, 3 not to be judged.",
         "# TYPE gpupt_health_status gauge",
-        f"gpupt_health_status {NAGIOS[report.status][1]}",
+        f"gpupt_health_status {exit_code(reports)}",
         "# HELP gpupt_health_time_seconds When the checks were made.",
         "# TYPE gpupt_health_time_seconds gauge",
         f"gpupt_health_time_seconds {seconds:.0f}",

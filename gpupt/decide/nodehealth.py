@@ -1,0 +1,51 @@
+"""What a node says of its GPUs' health, in the host's addresses; pure."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from gpupt.model.cluster import Placement
+from gpupt.model.health import CheckResult, HealthReport, Verdict
+from gpupt.model.pci import PciAddress
+
+
+def hosts_of(report: HealthReport, placement: Placement) -> dict[PciAddress, PciAddress]:
+    """The node's address of each GPU to the host's: a node gets its cards in the order of
+    their ports.  Empty when it judged another number of them."""
+    seen = sorted(gpu.address for gpu in report.gpus)
+    if len(seen) != len(placement.cards):
+        return {}
+    return dict(zip(seen, (card.gpu for card in placement.cards), strict=True))
+
+
+def in_the_node(
+    report: HealthReport, placement: Placement
+) -> tuple[tuple[PciAddress, CheckResult], ...]:
+    """Each check that fails in the node, with the host's address of the GPU.
+
+    What fails and is of no card, and cards that cannot be told apart, are of all its GPUs.
+    """
+    hosts = hosts_of(report, placement)
+    everywhere = tuple(card.gpu for card in placement.cards)
+    found = []
+    for gpu in report.gpus:
+        whose = (hosts[gpu.address],) if gpu.address in hosts else everywhere
+        found += [(at, c) for c in gpu.checks if c.status is Verdict.FAIL for at in whose]
+    found += [(at, c) for c in report.machine if c.status is Verdict.FAIL for at in everywhere]
+    return tuple(found)
+
+
+def counted(report: HealthReport, placement: Placement) -> HealthReport:
+    """The report with a check that the node judged as many GPUs as it was lent."""
+    there, lent = len(report.gpus), len(placement.cards)
+    check = CheckResult(
+        "gpu_count",
+        Verdict.OK if there == lent else Verdict.FAIL,
+        f"{there} GPUs in the node, {lent} were lent to it",
+        value=str(there),
+        threshold=str(lent),
+        remedy="" if there == lent else "gpupt show says what became of them",
+        number=there,
+    )
+    others = tuple(each for each in report.machine if each.id != check.id)
+    return replace(report, machine=(*others, check))
