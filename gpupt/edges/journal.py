@@ -104,6 +104,8 @@ class Journal:
         self.file = state / FILE
         # Cards are moved at the same time, and their steps written one after another.
         self.turn = Lock()
+        # The ledger since the last change: nobody else makes one while the lock is held.
+        self.known: Ledger | None = None
         self.lock = take_lock(state)
         try:
             with speaking_of(self.file):
@@ -132,7 +134,9 @@ class Journal:
     def ledger(self) -> Ledger:
         """The ledger as it is now."""
         with self.turn, speaking_of(self.file):
-            return ledger_in(self.connection)
+            if self.known is None:
+                self.known = ledger_in(self.connection)
+            return self.known
 
     def begin(self, plan: Plan) -> int:
         """Note that a plan is begun; returns the run's number."""
@@ -188,6 +192,7 @@ class Journal:
     def put(self, statement: str, *values: str | int) -> int:
         """One change, on the disk when this returns; the number of the row it made."""
         with self.turn, speaking_of(self.file):
+            self.known = None
             return int(self.connection.execute(statement, values).lastrowid or 0)
 
 
