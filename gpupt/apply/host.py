@@ -30,6 +30,7 @@ from gpupt.actions import (
     UnpersistLoan,
 )
 from gpupt.apply.world import World
+from gpupt.decide.holding import holder_line, way_to_stop
 from gpupt.decide.inverse import identities_in, inverse
 from gpupt.edges.bootrules import remove_rule, write_rule
 from gpupt.edges.kernel import Kernel
@@ -68,6 +69,7 @@ def perform(action: Action, world: World) -> None:
         case BindFunction(address=address):
             require_recorded_card(address, world)
             require_answering(address, world.kernel)
+            require_released(address, world.kernel)
             bind_function(action, world.kernel)
         case ReleaseFunction():
             release_function(action, world.kernel)
@@ -158,6 +160,18 @@ def require_answering(address: PciAddress, kernel: Kernel) -> None:
             f"{address} has fallen off the bus",
             details="its config space reads all ones",
             remedy="power the machine off and on again; the loan is kept until then",
+        )
+
+
+def require_released(address: PciAddress, kernel: Kernel) -> None:
+    """Raises Failed while a process has a function open that is with vfio-pci: unbound, it
+    would be taken from a guest that runs on and is not told."""
+    held = [each for each in kernel.holders(address) if "/vfio/" in each.node]
+    if held:
+        raise Failed(
+            f"{address} is in use by a guest",
+            details=tuple(holder_line(each) for each in held),
+            remedy="; ".join(dict.fromkeys(way_to_stop(each) for each in held)),
         )
 
 

@@ -17,7 +17,7 @@ from gpupt.decide.binding import Loans, choose_all, plan_attach, plan_detach
 from gpupt.decide.viability import Preflight, closure
 from gpupt.edges.bootrules import read_boot_rules
 from gpupt.edges.display import read_display
-from gpupt.edges.holders import read_holders, vfio_to_be_had
+from gpupt.edges.holders import holders_of, read_holders, vfio_to_be_had
 from gpupt.edges.journal import Journal, read_ledger
 from gpupt.edges.kernel import Kernel
 from gpupt.edges.sysfs import Reader, read_host
@@ -127,7 +127,10 @@ def attach(
             chosen, staying = free_loans(ledger.loans)
             say_once(settings, said, staying)
         boot = read_boot_rules(settings.root)
-        return plan_attach(host, gpus=chosen, loans=ledger.loans, boot=boot)
+        holders = holders_of(
+            settings.root, host, {gpu: ledger.loans[gpu] for gpu in chosen if gpu in ledger.loans}
+        )
+        return plan_attach(host, gpus=chosen, loans=ledger.loans, boot=boot, holders=holders)
 
     change(settings, decide, dry_run=dry_run, yes=yes)
 

@@ -77,7 +77,7 @@ name_option = click.option("--name", default="lab", show_default=True, help="Whi
     default="default",
     show_default=True,
     metavar="NAME|FILE",
-    help="The cards in it: default, one, eight, or a YAML file.",
+    help="The cards in it and how they hang: a name of docs/lab.md, or a YAML file.",
 )
 @click.option(
     "--share",
@@ -159,7 +159,7 @@ def boot_lab(
     from gpupt.edges.ssh import free_port
     from gpupt.lab.host import start_lab
     from gpupt.lab.machine import Machine
-    from gpupt.lab.topology import find_topology
+    from gpupt.lab.topologyfile import find_topology
 
     # QEMU runs in the lab's folder: paths that it is given must not be relative to ours.
     settings = replace(settings, state=settings.state.resolve())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path, PurePosixPath
 
 from gpupt.apply.cluster import node_view
@@ -19,7 +20,7 @@ from gpupt.edges.journal import read_ledger
 from gpupt.edges.kvm import DEVICE
 from gpupt.edges.rolls import read_rolls
 from gpupt.edges.specfile import SpecFile
-from gpupt.edges.sysfs import read_host
+from gpupt.edges.sysfs import Reader, read_host
 from gpupt.edges.templates import render_view
 from gpupt.model.cluster import Allocation
 from gpupt.model.roll import Image
@@ -45,6 +46,7 @@ def render_files(settings: Settings, read: SpecFile) -> list[tuple[Path, str]]:
     )
     ours = cluster_world(settings)
     ours.accelerated = lambda: expects_kvm(settings)
+    ours.numa_nodes = max(count_numa_nodes(Reader(settings.root)), 1)
     return files_of(allocation, image=image, ours=ours)
 
 
@@ -73,6 +75,12 @@ def files_of(allocation: Allocation, *, image: Image, ours: ClusterWorld) -> lis
         files.append((folder.credential(name, HOST_KEY), SECRET))
         files.append((folder.credential(name, HOSTS), hosts))
     return files
+
+
+def count_numa_nodes(reader: Reader) -> int:
+    """The NUMA nodes of the host; 0 where the kernel tells of none."""
+    names = reader.names("sys/devices/system/node")
+    return sum(re.fullmatch(r"node\d+", name) is not None for name in names)
 
 
 def expected_image(state: Path, digest: str, *, rolls: tuple[str, ...]) -> Image:

@@ -19,6 +19,7 @@ from gpupt.actions import (
     UnfenceGpu,
     UnpersistLoan,
 )
+from gpupt.decide.holding import holder_line, way_to_stop
 from gpupt.decide.persistence import persisting, unpersisting
 from gpupt.decide.viability import Preflight, assess_lending, closure, moved_functions
 from gpupt.errors import BadInput, Refused
@@ -155,13 +156,19 @@ def why_taken(gpu: Gpu, address: PciAddress) -> str:
 
 
 def plan_attach(
-    host: Host, *, gpus: Sequence[PciAddress], loans: Loans, boot: BootRules | None = None
+    host: Host,
+    *,
+    gpus: Sequence[PciAddress],
+    loans: Loans,
+    boot: BootRules | None = None,
+    holders: Mapping[PciAddress, tuple[Holder, ...]] | None = None,
 ) -> Plan:
     """Give GPUs back to the host, each function to the driver recorded in its loan; those that
     ``boot`` takes at boot are not taken any more.
 
-    A GPU without a loan is at home already.  Raises Refused for a GPU that is lent to a node
-    or whose address now holds another card; BadInput when it is no GPU of this host.
+    A GPU without a loan is at home already.  Raises Refused for a GPU that is lent to a node,
+    that a process of ``holders`` has open, or whose address now holds another card; BadInput
+    when it is no GPU of this host.
     """
     returning = []
     for address in sorted(set(gpus)):
@@ -169,6 +176,7 @@ def plan_attach(
             gpu_at(host, address)
         else:
             returning.append(require_returnable(host, loans[address]))
+            require_unheld(loans[address], holders or {})
     staying = {
         origin.address
         for loan in loans.values()
@@ -235,6 +243,18 @@ def require_returnable(host: Host, loan: Loan) -> Loan:
             remedy="put the card back into its slot; or gpupt recover, which forgets its loan",
         )
     return loan
+
+
+def require_unheld(loan: Loan, holders: Mapping[PciAddress, tuple[Holder, ...]]) -> None:
+    """Raise Refused while a process has a function of the loan open: the kernel would take it
+    from a running guest, which is not told."""
+    held = [each for origin in loan.origins for each in holders.get(origin.address, ()) if each.pid]
+    if held:
+        raise Refused(
+            f"{loan.gpu} is in use: a process has it open",
+            details=tuple(dict.fromkeys(holder_line(each) for each in held)),
+            remedy="; ".join(dict.fromkeys(way_to_stop(each) for each in held)),
+        )
 
 
 def choose_all(

@@ -15,9 +15,11 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from gpupt.edges.apart import DEADLINE, read_apart
+from gpupt.edges.holders import read_holders
 from gpupt.edges.sysfs import Reader
 from gpupt.errors import BadInput, DeadlineExceeded, Failed
 from gpupt.model.gpus import identity_of
+from gpupt.model.host import Holder, Host
 from gpupt.model.pci import DriverBinding, Identity, PciAddress
 
 BUS = PurePosixPath("sys/bus/pci")
@@ -71,6 +73,14 @@ class Kernel:
         """What card it is, as the kernel remembers it: a lost one too; None when it is gone."""
         device = self.reader.device(f"{BUS}/devices/{address}", address)
         return None if device is None else identity_of(device)
+
+    def holders(self, address: PciAddress) -> tuple[Holder, ...]:
+        """The processes that have a node of the function open, as far as may be looked."""
+        device = self.reader.device(f"{BUS}/devices/{address}", address)
+        if device is None:
+            return ()
+        host = Host({address: device}, {}, ())
+        return read_holders(Reader(self.root), host, [address]).get(address, ())
 
     def has_driver(self, driver: str) -> bool:
         """Whether a PCI driver of that name is registered."""

@@ -6,7 +6,9 @@
  *   NAME=PARENT:VENDOR:DEVICE:NEWVENDOR:NEWDEVICE:NEWCLASS:NEWSUBVENDOR:NEWSUBDEVICE;...
  *
  * ids in hex; VENDOR:DEVICE are those the parent carries, by which the place of the ids in
- * the class structure is found: QEMU installs no header that says where it is.
+ * the class structure is found: QEMU installs no header that says where it is.  A NAME that
+ * begins with @ changes the parent as well: a type that QEMU makes by its own name, such as
+ * the virtual functions of a device.
  */
 #include <stdbool.h>
 #include <stddef.h>
@@ -32,6 +34,24 @@ struct type_info {
 	void *interfaces;
 };
 
+/* As qom/object.c has had TypeImpl from QEMU 5.1 to 10.0. */
+struct type_impl {
+	const char *name;
+	size_t class_size;
+	size_t instance_size;
+	size_t instance_align;
+	void (*class_init)(void *klass, void *data);
+	void (*class_base_init)(void *klass, void *data);
+	void *class_data;
+	void (*instance_init)(void *object);
+	void (*instance_post_init)(void *object);
+	void (*instance_finalize)(void *object);
+	bool abstract;
+	const char *parent;
+	struct type_impl *parent_type;
+	void *klass;
+};
+
 void *type_register_static(const struct type_info *info) __attribute__((weak));
 
 struct disguise {
@@ -45,9 +65,8 @@ struct disguise {
  * few hundred bytes long, and its copy of the parent's ids occurs in it once. */
 enum { WORDS_SEARCHED = 400 };
 
-static void disguise_class(void *klass, void *data)
+static void change_ids(void *klass, const struct disguise *wanted)
 {
-	const struct disguise *wanted = data;
 	uint16_t *word = klass;
 
 	for (int i = 0; i < WORDS_SEARCHED; i++) {
@@ -63,6 +82,23 @@ static void disguise_class(void *klass, void *data)
 	fprintf(stderr, "fakepci: %s is no %04x:%04x\n", wanted->parent, wanted->vendor,
 		wanted->device);
 	exit(1);
+}
+
+/* A class begins with its type.  The parent's class is whole before this one's is begun. */
+static void disguise_class(void *klass, void *data)
+{
+	const struct disguise *wanted = data;
+	struct type_impl *type = *(struct type_impl **)klass;
+
+	change_ids(klass, wanted);
+	if (wanted->name[0] != '@')
+		return;
+	if (strcmp(type->name, wanted->name + 1) != 0 || strcmp(type->parent, wanted->parent) != 0 ||
+	    strcmp(type->parent_type->name, wanted->parent) != 0) {
+		fprintf(stderr, "fakepci: this QEMU keeps its types in another form\n");
+		exit(1);
+	}
+	change_ids(type->parent_type->klass, wanted);
 }
 
 __attribute__((constructor)) static void register_disguises(void)
@@ -84,7 +120,7 @@ __attribute__((constructor)) static void register_disguises(void)
 			fprintf(stderr, "fakepci: cannot read %s\n", entry);
 			exit(1);
 		}
-		type->name = read->name;
+		type->name = read->name + (read->name[0] == '@');
 		type->parent = read->parent;
 		type->class_init = disguise_class;
 		type->class_data = read;

@@ -6,7 +6,13 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpupt.lab.topology import Topology, device_arguments, driver_commands
+from gpupt.lab.topology import (
+    Topology,
+    device_arguments,
+    driver_commands,
+    iommu_arguments,
+    numa_arguments,
+)
 from gpupt.model.roll import Image
 
 CREDENTIALS = "opt/io.systemd.credentials"  # where systemd looks for them in QEMU's fw_cfg
@@ -54,6 +60,7 @@ def kernel_line(machine: Machine) -> str:
     words = [
         "root=/dev/vda rw console=ttyS0 quiet",
         f"systemd.hostname={machine.name} systemd.wants={UNIT} gpupt.lab={machine.name}",
+        # Also where the firmware has the IOMMU off, as people write it there: it does not help.
         "intel_iommu=on",
         f"module_blacklist={','.join(UNWANTED_MODULES)}",
         # A guest's guests are nobody's wish.
@@ -73,7 +80,8 @@ def qemu_arguments(machine: Machine) -> list[str]:
     words += ["-accel", "kvm" if kvm else "tcg,thread=multi"]
     words += ["-cpu", "host" if kvm else TCG_CPU, "-smp", str(machine.cpus)]
     words += ["-m", f"{machine.memory >> 20}M", "-display", "none"]
-    words += ["-device", "intel-iommu,intremap=on,caching-mode=on"]
+    words += numa_arguments(machine.topology, cpus=machine.cpus, memory=machine.memory)
+    words += iommu_arguments(machine.topology)
     words += ["-kernel", str(machine.image.kernel), "-initrd", str(machine.image.initrd)]
     words += ["-append", kernel_line(machine)]
     words += ["-chardev", f"file,id=console,path={CONSOLE},append=on", "-serial", "chardev:console"]

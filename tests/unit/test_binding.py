@@ -17,7 +17,7 @@ from gpupt.decide.viability import Preflight
 from gpupt.edges.sysfs import read_host
 from gpupt.errors import BadInput, GpuptError, Refused
 from gpupt.model.gpus import find_gpus, identity_of
-from gpupt.model.host import Attribute, Critical, FunctionOrigin, Host, Loan
+from gpupt.model.host import Attribute, Critical, FunctionOrigin, Holder, Host, Loan
 from gpupt.model.pci import DriverBinding, IommuGroup, PciAddress, PciDevice, PciId
 
 FREE = Preflight()
@@ -282,3 +282,19 @@ def test_no_plan_touches_what_it_must_not(made: tuple[Host, list[Loan]], boot_gp
                 assert not device.lost
                 assert boot_gpu or not device.boot_vga
                 assert (action.after, action.override) == ("vfio-pci", "vfio-pci")
+
+
+def test_what_a_guest_holds_is_not_given_back(tmp_path: Path) -> None:
+    """A guest that gpupt did not start: the kernel would take the card from it, unasked."""
+    laptop(tmp_path)
+    host = read_host(tmp_path, whole=True)
+    gpu, sound = at("01:00.0"), at("01:00.1")
+    loan = Loan(gpu, (origin(host, "01:00.0"), origin(host, "01:00.1")))
+    for holder in (gpu, sound):
+        held = {holder: (Holder(4242, "qemu-system-x86", "/dev/vfio/12"),)}
+        with pytest.raises(Refused) as error:
+            plan_attach(host, gpus=[gpu], loans={gpu: loan}, holders=held)
+        assert "PID 4242 (qemu-system-x86) has /dev/vfio/12 open" in str(error.value)
+    # The driver's own hold, which no process has, is none.
+    kept = {gpu: (Holder(0, "", "/dev/nvidia0"),)}
+    assert plan_attach(host, gpus=[gpu], loans={gpu: loan}, holders=kept).verb == "attach"

@@ -269,3 +269,20 @@ def test_vfio_pci_is_loaded_when_it_is_not_there(kernel: FakeKernel, journal: Jo
     kernel.loadable = {"vfio-pci"}
     detach(kernel, journal, GPU)
     assert kernel.binding(GPU).driver == "vfio-pci"
+
+
+def test_a_card_that_a_guest_has_open_is_not_unbound(
+    kernel: FakeKernel, journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Opened between the plan and the write: the last look is right before it."""
+    detach(kernel, journal, GPU)
+    held = (Holder(4242, "qemu-system-x86", "/dev/vfio/13"),)
+    monkeypatch.setattr(FakeKernel, "holders", lambda self, address: held if address == GPU else ())
+    with pytest.raises(Failed, match="in use by a guest") as error:
+        attach(kernel, journal, GPU)
+    assert "PID 4242" in str(error.value)
+    assert kernel.binding(GPU).driver == "vfio-pci"
+    assert set(journal.ledger.loans) == {GPU}
+    monkeypatch.undo()
+    attach(kernel, journal, GPU)
+    assert kernel.binding(GPU).driver == "bochs-drm"

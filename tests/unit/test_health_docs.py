@@ -10,6 +10,7 @@ from test_health_judge import FIRES, SILENT
 
 from gpupt.decide.health import CHECKS, ELSEWHERE, OF_CARD, OF_MACHINE
 from gpupt.decide.xid import CATALOGUE, CURABLE, VERDICTS, Action
+from gpupt.edges.healthfile import health_file, read_rules
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs/health.md").read_text()
 
@@ -85,3 +86,13 @@ def test_the_figures_in_the_rules_are_the_thresholds() -> None:
     for figure, generation in (("15.4", 4), ("30.7", 5)):
         assert figure in said["pcie_replay"]
         assert round(per_lane[generation] * 16, 1) == float(figure)
+
+
+def test_the_rules_that_are_shown_are_rules(tmp_path: Path) -> None:
+    shown = re.findall(r"```yaml\n(.*?)```", PAGE, re.S)
+    assert len(shown) == 1
+    health_file(tmp_path).write_text(shown[0])
+    thresholds, expected = read_rules(tmp_path)
+    assert (expected.count, expected.nvlinks, expected.mig) == (8, 18, False)
+    assert thresholds.for_model("NVIDIA H100 80GB HBM3").margin_warn == 15
+    assert thresholds.for_model("Tesla T4").margin_warn == thresholds.margin_warn == 12

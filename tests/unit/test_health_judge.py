@@ -220,7 +220,7 @@ FIRES: Mapping[str, tuple[tuple[Scene, Verdict, str], ...]] = {
         (well(recovery_action=2), FAIL, "node reboot"),
         (well(recovery_action=3), WARN, "drain p2p"),
         (well(recovery_action=4), FAIL, "drain and reset"),
-        (well(recovery_action=23), FAIL, "23"),
+        (well(recovery_action=23), FAIL, "not known"),
     ),
     "remap_failure": (
         (well(remapped=RemappedRows(0, 0, pending=False, failure=True)), FAIL, "not be remapped"),
@@ -246,6 +246,7 @@ FIRES: Mapping[str, tuple[tuple[Scene, Verdict, str], ...]] = {
     ),
     "retired_pages": (
         (well(retired=RetiredPages(10, 0, pending=False)), WARN, "10 pages"),
+        (well(retired=RetiredPages(0, 15, pending=False)), WARN, "15 pages"),
         (well(retired=RetiredPages(60, 3, pending=False)), FAIL, "63 pages"),
         (well(retired=RetiredPages(0, 16, pending=False)), FAIL, "16 pages"),
         (well(retired=RetiredPages(1, 0, pending=True)), WARN, "wait"),
@@ -291,6 +292,19 @@ FIRES: Mapping[str, tuple[tuple[Scene, Verdict, str], ...]] = {
         (replays(0, 62, 120), WARN, "31.0"),
         (replays(0, 31, 10), WARN, "31.0"),
         (replays(0, 16, 60, pcie_gen=4, pcie_gen_max=4), WARN, "16.0"),
+        # Half the lanes, half the rate; where sysfs does not tell them, NVML does.
+        (
+            replace(replays(0, 16, 60), devices=(device(link=replace(GEN5, max_width=8)),)),
+            WARN,
+            "1",
+        ),
+        (
+            replace(
+                replays(0, 16, 60, pcie_width_max=8), devices=(device(link=Link(max_speed=32.0)),)
+            ),
+            WARN,
+            "16.0",
+        ),
     ),
     "clock_events": (
         (well(clock_events=(0x8, 0x8)), FAIL, "hardware slows"),
@@ -323,6 +337,11 @@ FIRES: Mapping[str, tuple[tuple[Scene, Verdict, str], ...]] = {
     "power_limit": ((well(power_limit=400.0), WARN, "400 W of 700 W"),),
     "nvlink": (
         (well(nvlinks=links(down=2)), FAIL, "0, 1"),
+        (
+            well(name="NVIDIA A100-SXM4-80GB", fabric=Fabric(0, 0, 0), nvlinks=links(down=1)),
+            FAIL,
+            "down: 0",
+        ),
         (well(scene=Scene(wanted=WANT(nvlinks=18)), nvlinks=links(down=1)), FAIL, "1 NVLinks"),
         (well(nvlinks=links(replay=3)), WARN, "link 17 replay 3"),
         (well(name="NVIDIA A40", fabric=Fabric(0, 0, 0), nvlinks=links(down=2)), WARN, "bridge"),
@@ -372,7 +391,21 @@ FIRES: Mapping[str, tuple[tuple[Scene, Verdict, str], ...]] = {
             "could not start",
         ),
         (log(f"NVRM: GPU {CARD}: RmInitAdapter failed! (0x22)"), WARN, "at first"),
+        (
+            log(
+                f"amdgpu {CARD}: amdgpu: GPU reset begin!",
+                f"amdgpu {CARD}: amdgpu: GPU reset(3) failed",
+                f"amdgpu {CARD}: amdgpu: GPU reset begin!",
+            ),
+            FAIL,
+            "could not reset",
+        ),
         (log(f"amdgpu {CARD}: amdgpu: GPU reset begin!"), WARN, "had to reset"),
+        (
+            log(f"amdgpu {CARD}: amdgpu: 2 uncorrectable hardware errors detected in umc block"),
+            FAIL,
+            "uncorrectable",
+        ),
         (log(f"amdgpu {CARD}: amdgpu: ring gfx_0.0.0 timeout, signaled"), WARN, "hung"),
     ),
     "inforom": ((well(inforom_valid=False), WARN, "corrupt"),),
@@ -484,6 +517,25 @@ SILENT: Mapping[str, tuple[tuple[Scene, Verdict | None], ...]] = {
         # A few within seconds are no rate.
         (replays(0, 30, 1), OK),
         (replays(9, 3, 60), UNSUPPORTED),
+        (replays(7, 7, 60), OK),
+        (
+            replace(
+                replays(0, 900, 60, pcie_width_max=None), devices=(device(link=Link(max_speed=32)),)
+            ),
+            UNSUPPORTED,
+        ),
+        (
+            replace(
+                replays(0, 900, 60, pcie_gen=None, pcie_gen_max=None),
+                devices=(device(link=Link(max_width=16)),),
+            ),
+            UNSUPPORTED,
+        ),
+        (replays(0, 900, 0), UNSUPPORTED),
+        (
+            replace(Scene(), thresholds=Thresholds(previous=Baseline(60, {OTHER: 0}))),
+            UNSUPPORTED,
+        ),
         (Scene(), UNSUPPORTED),
     ),
     "clock_events": (
@@ -618,6 +670,9 @@ def test_a_card_that_is_well_is_well_in_every_check() -> None:
 
 # Field of a reading → the checks that need it, in a scene in which they do.
 NEEDED: Mapping[str, tuple[Scene, tuple[str, ...]]] = {
+    "vbios": (Scene(), ("versions",)),
+    "inforom": (Scene(), ("versions",)),
+    "gsp": (Scene(), ("versions",)),
     "recovery_action": (Scene(), ("recovery_action",)),
     "remapped": (Scene(), ("remap_failure", "remap_pending", "remap_uncorrectable")),
     "unrepairable_memory": (Scene(), ("remap_failure",)),
@@ -644,7 +699,7 @@ NEEDED: Mapping[str, tuple[Scene, tuple[str, ...]]] = {
 }
 # What tells cards apart, or is for show: no verdict hangs on it.
 NOT_NEEDED = {
-    *("uuid", "name", "serial", "vbios", "inforom", "gsp"),
+    *("uuid", "name", "serial"),
     *("pcie_width", "pcie_width_max", "power", "memory_total", "memory_used", "sm_clock"),
 }
 FAILING = [why for why in Silence if why is not Silence.UNSUPPORTED]
@@ -691,7 +746,10 @@ def test_what_a_card_does_not_support_never_fails(name: str) -> None:
 
 def test_unsupported_is_not_ok() -> None:
     # But where sysfs, another field or the expectation decides it.
-    decided = {"unrepairable_memory", "pcie_gen", "pcie_gen_max", "temperature_margin"}
+    decided = {
+        *("vbios", "inforom", "gsp"),
+        *("unrepairable_memory", "pcie_gen", "pcie_gen_max", "temperature_margin"),
+    }
     for name, (scene, checks) in NEEDED.items():
         for check in checks:
             found = result(mute(scene, name, Silence.UNSUPPORTED), check)
@@ -820,3 +878,81 @@ def test_thresholds_of_a_model_are_its_own() -> None:
     assert Thresholds().for_model("Tesla T4").margin_warn == 10
     with pytest.raises(BadInput, match="margin_wran"):
         Thresholds(models={"*": {"margin_wran": 5}})
+
+
+def test_of_several_troubles_in_the_log_all_are_counted() -> None:
+    lines = [f"amdgpu {CARD}: amdgpu: ring gfx_0.0.0 timeout, signaled"] * 3
+    found = result(log(*lines, f"amdgpu {CARD}: amdgpu: GPU reset begin!"), "kernel_log")
+    assert found is not None
+    assert found.number == 4
+    assert found.value is not None
+    assert "×3" in found.value
+
+
+@pytest.mark.parametrize(("pending", "word"), [(True, "--gpu-reset"), (False, "-mig 1")])
+def test_a_mode_that_is_set_already_takes_a_reset_alone(pending: bool, word: str) -> None:
+    scene = well(scene=Scene(wanted=WANT(mig=True)), mig=Modes(current=False, pending=pending))
+    found = result(scene, "mig_mode")
+    assert found is not None
+    assert found.status is FAIL
+    assert word in found.remedy
+
+
+def test_an_xid_of_a_card_is_not_one_of_its_virtual_function() -> None:
+    function = device(PciAddress.parse("0000:41:00.4"), "vfio-pci", physfn=CARD)
+    found = report(
+        log(f"{XID}79, GPU has fallen off the bus.", devices=(device(), function), readings=(WELL,))
+    )
+    verdicts = {
+        gpu.address: each.status for gpu in found.gpus for each in gpu.checks if each.id == "xid"
+    }
+    assert verdicts == {CARD: FAIL, function.address: OK}
+
+
+def test_an_xid_names_no_function_so_it_is_of_any_card_in_its_slot() -> None:
+    second = device(PciAddress.parse("0000:41:00.2"))
+    found = report(log(f"{XID}79, GPU has fallen off the bus.", devices=(second,), readings=()))
+    by_id = {each.id: each.status for each in found.gpus[0].checks}
+    assert by_id["xid"] is FAIL
+
+
+def test_cards_are_named_by_the_driver_and_else_by_sysfs() -> None:
+    named = device(name="GH100 [H100 SXM5 80GB]")
+    known = report(Scene(devices=(named,))).gpus[0]
+    unknown = report(
+        Scene(devices=(replace(named, binding=DriverBinding("vfio-pci", None)),), readings=())
+    )
+    assert (known.name, known.uuid, known.driver) == (WELL.name, WELL.uuid, "nvidia")
+    assert [(each.name, each.uuid) for each in unknown.gpus] == [(named.name, None)]
+
+
+def test_what_is_shown_of_a_card_that_is_well() -> None:
+    by_id = {each.id: each for each in report(Scene()).gpus[0].checks}
+    assert by_id["temperature"].brief == "46 °C below its slowdown, at 41 °C"
+    assert by_id["nvlink"].brief == "18 NVLinks are up"
+    unused = well(name="NVIDIA A40", fabric=Fabric(0, 0, 0), nvlinks=links(down=18))
+    found = result(unused, "nvlink")
+    assert found is not None
+    assert found.brief == "no NVLink is in use"
+
+
+@pytest.mark.parametrize(("reason", "word"), [(0x80, "power cables"), (0x40, "fans")])
+def test_clocks_held_back_are_helped_by_their_cause(reason: int, word: str) -> None:
+    found = result(well(clock_events=(reason, reason)), "clock_events")
+    assert found is not None
+    assert found.remedy.rpartition("then ")[2].startswith(("its power", "fans"))
+    assert word in found.remedy.rpartition("then ")[2]
+
+
+def test_the_worst_sxid_is_told_whatever_came_last() -> None:
+    lines = (f"{SXID}20034, Fatal, Link 30 LTSSM Fault Up", f"{SXID}11012, Non-fatal, Link 32 x")
+    found = result(log(*lines, devices=(device(), SWITCH)), "sxid")
+    assert found is not None
+    assert (found.status, found.number) == (FAIL, 20034)
+    assert found.value == "0000:05:00.0: 20034, 11012"
+
+
+def test_the_count_is_told_with_what_was_expected() -> None:
+    found = result(Scene(wanted=WANT(count=2)), "gpu_count")
+    assert found is not None
+    assert (found.value, found.threshold, found.number) == ("1 GPUs", "2 GPUs", 1)

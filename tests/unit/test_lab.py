@@ -20,7 +20,7 @@ from gpupt.cli.lab import default_memory, parse_memory
 from gpupt.cli.main import cli
 from gpupt.edges.process import spawn
 from gpupt.errors import BadInput, DeadlineExceeded, Failed, Refused
-from gpupt.lab import host, machine, topology
+from gpupt.lab import host, machine, topology, topologyfile
 from gpupt.lab.emulator import build_disguises, find_emulator
 from gpupt.lab.qmp import Qmp
 from gpupt.lab.stall import StallWatch
@@ -55,6 +55,7 @@ MACHINE = machine.Machine(
     accelerator="tcg",
     images=(image("bbbb000011112222"),),
 )
+ARGUMENTS = machine.qemu_arguments(MACHINE)
 
 
 # Cards
@@ -105,7 +106,7 @@ cards:
 def test_a_topology_from_a_file(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(GOOD)
-    read = topology.find_topology(str(file))
+    read = topologyfile.find_topology(str(file))
     assert read.name == "mine"
     assert [len(card.functions) for card in read.cards] == [1, 2]
     assert read.cards[1].functions[0].driver is None
@@ -129,7 +130,7 @@ def test_a_wrong_topology_is_told_with_its_place(
     file = tmp_path / "mine.yaml"
     file.write_text(GOOD.replace(was, now, 1))
     with pytest.raises(BadInput) as caught:
-        topology.read_topology(file)
+        topologyfile.read_topology(file)
     assert said in str(caught.value)
     assert f"{file}:2:" in str(caught.value)
 
@@ -138,12 +139,119 @@ def test_more_cards_than_slots(tmp_path: Path) -> None:
     file = tmp_path / "many.yaml"
     file.write_text("cards:\n" + '  - - {device: edu, id: "10de:2330", class: "0302"}\n' * 16)
     with pytest.raises(BadInput, match="16 cards"):
-        topology.read_topology(file)
+        topologyfile.read_topology(file)
+
+
+@pytest.mark.parametrize(
+    ("name", "addresses"),
+    [
+        ("shared", ["02:01.0", "02:02.0", "04:01.0", "04:02.0"]),
+        ("numa", ["41:00.0", "81:00.0"]),
+        ("no-iommu", ["01:00.0", "02:00.0", "02:00.1"]),
+    ],
+)
+def test_cards_of_every_shape_are_where_they_are_said_to_be(
+    name: str, addresses: list[str]
+) -> None:
+    shape = topology.TOPOLOGIES[name]
+    assert [str(address)[5:] for address, _ in shape.functions()] == addresses
+
+
+CROWDED = """\
+iommu: no-intremap
+cards:
+  - - {device: edu, id: "10de:2330", class: "0302"}
+  - {numa: 1, functions: [{device: igb, id: "10de:26b5", class: "0302", driver: pci-pf-stub}]}
+  - {behind: a, functions: [{device: edu, id: "10de:2330", class: "0302"}]}
+  - {behind: a, functions: [{device: disk}]}
+  - {behind: a, numa: 0, functions: [{device: edu, id: "10de:2331", class: "0302"}]}
+  - {numa: 1, behind: b, functions: [{device: edu, id: "10de:2332", class: "0302"}]}
+"""
+
+
+def read_text(folder: Path, text: str) -> topology.Topology:
+    file = folder / "crowded.yaml"
+    file.write_text(text)
+    return topologyfile.read_topology(file)
+
+
+def test_a_file_says_how_cards_hang(tmp_path: Path, golden: Callable[[str, str], None]) -> None:
+    shape = read_text(tmp_path, CROWDED.replace("behind: a, numa: 0", "numa: 0"))
+    assert shape.iommu is topology.Iommu.NO_INTREMAP
+    assert shape.numa_nodes == 2
+    placed = [f"{str(address)[5:]} {function.id}" for address, function in shape.functions()]
+    assert placed == [
+        *("01:00.0 10de:2330", "03:01.0 10de:2330", "03:02.0 1af4:1001"),
+        *("41:00.0 10de:2331", "81:00.0 10de:26b5", "83:01.0 10de:2332"),
+    ]
+    crowded = replace(MACHINE, topology=shape, cpus=3, memory=(1 << 30) + (1 << 20))
+    words = machine.qemu_arguments(crowded)
+    golden("lab/crowded.txt", "\n".join([*words, topology.disguises(shape)]) + "\n")
+
+
+def test_the_example_of_the_documentation(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs/lab.md").read_text()
+    shape = read_text(tmp_path, page.partition("```yaml\n")[2].partition("```")[0])
+    addresses = [str(address)[5:] for address, _ in shape.functions()]
+    assert addresses == ["01:00.0", "02:00.0", "02:00.1", "04:01.0", "04:02.0", "81:00.0"]
+    named = [line.split("`")[1::2] for line in page.splitlines() if line.startswith("| `")]
+    assert set(topology.TOPOLOGIES) <= {name for names in named for name in names}
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "said", "line"),
+    [
+        ("no-intremap", "maybe", "iommu is 'maybe'", 1),
+        ("no-intremap", "yes", "iommu is 'yes'", 1),
+        ("device: disk", "device: disk, driver: edu", "unknown key 'driver'", 6),
+        ("behind: a", "behind: A", "behind of item 3 of cards is 'A'", 5),
+        ("numa: 1", "numa: 3", "numa of item 2 of cards is 3", 4),
+        ("numa: 1", "behind: c", "igb is behind a PCI bridge", 4),
+        ("nothing", "", "cards behind 'a' are near to several nodes", 3),
+    ],
+)
+def test_a_wrong_shape_is_told_with_its_place(
+    tmp_path: Path, was: str, now: str, said: str, line: int
+) -> None:
+    with pytest.raises(BadInput) as caught:
+        read_text(tmp_path, CROWDED.replace(was, now, 1))
+    assert said in str(caught.value)
+    assert f"crowded.yaml:{line}:" in str(caught.value)
+
+
+@pytest.mark.parametrize("word", ["on", "off", '"off"', "no-intremap"])
+def test_the_iommu_as_people_write_it(tmp_path: Path, word: str) -> None:
+    shape = read_text(tmp_path, GOOD + f"iommu: {word}\n")
+    assert shape.iommu.value == word.strip('"')
+
+
+def test_an_iommu_that_is_off_is_not_there() -> None:
+    off = replace(MACHINE, topology=topology.TOPOLOGIES["no-iommu"])
+    assert not any("iommu" in word for word in machine.qemu_arguments(off) if "root=" not in word)
+    assert any(word.startswith("intel-iommu,intremap=on") for word in ARGUMENTS)
+    assert any(
+        word.startswith("intel-iommu,intremap=off")
+        for word in topology.iommu_arguments(topology.TOPOLOGIES["no-intremap"])
+    )
+
+
+def test_processors_and_memory_are_shared_among_nodes() -> None:
+    numa = topology.TOPOLOGIES["numa"]
+    two = topology.numa_arguments(numa, cpus=2, memory=3 << 30)
+    assert two[1::2] == [
+        "memory-backend-ram,id=node0,size=1536M",
+        "node,nodeid=0,memdev=node0,cpus=0-0",
+        "memory-backend-ram,id=node1,size=1536M",
+        "node,nodeid=1,memdev=node1,cpus=1-1",
+    ]
+    one = topology.numa_arguments(numa, cpus=1, memory=1 << 30)
+    assert [word for word in one if "cpus" in word] == ["node,nodeid=0,memdev=node0,cpus=0-0"]
+    assert topology.numa_arguments(topology.TOPOLOGIES["one"], cpus=2, memory=1 << 30) == []
 
 
 def test_an_unknown_topology() -> None:
     with pytest.raises(BadInput, match="'nine'"):
-        topology.find_topology("nine")
+        topologyfile.find_topology("nine")
 
 
 # QEMU's command line
@@ -245,6 +353,45 @@ def test_disguised_devices_are_known_to_qemu(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "dma_mask" in done.stdout
+
+
+def devices_of_qemu() -> str:
+    assert QEMU is not None
+    argv = [QEMU, "-machine", "none", "-device", "help"]
+    return subprocess.run(argv, capture_output=True, text=True, timeout=60, check=True).stdout
+
+
+@pytest.mark.skipif(CC is None or QEMU is None, reason="needs cc and qemu-system-x86_64")
+@pytest.mark.parametrize("name", topology.TOPOLOGIES)
+def test_qemu_takes_every_topology(tmp_path: Path, name: str) -> None:
+    shape = topology.TOPOLOGIES[name]
+    if any(f.stand_in == "igb" for _, f in shape.functions()) and '"igb"' not in devices_of_qemu():
+        pytest.skip("this machine's QEMU has no igb (before 8.0)")
+    assert QEMU is not None
+    done = subprocess.run(
+        [
+            *(QEMU, "-machine", machine.MACHINE, "-nodefaults", "-display", "none", "-S"),
+            *("-accel", "tcg", "-m", "256M", "-qmp", "stdio"),
+            *topology.numa_arguments(shape, cpus=1, memory=256 << 20),
+            *topology.iommu_arguments(shape),
+            *topology.device_arguments(shape),
+        ],
+        env={
+            **os.environ,
+            "LD_PRELOAD": str(build_disguises(tmp_path)),
+            "FAKE_PCI": topology.disguises(shape),
+        },
+        input='{"execute": "qmp_capabilities"}'
+        ' {"execute": "qom-list", "arguments": {"path": "/machine/peripheral"}}'
+        ' {"execute": "quit"}',
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    for number in range(len(shape.cards)):
+        assert f'"name": "gpu{number}"' in done.stdout
 
 
 @pytest.mark.skipif(CC is None or QEMU is None, reason="needs cc and qemu-system-x86_64")
