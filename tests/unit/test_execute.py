@@ -19,6 +19,7 @@ from gpupt.decide.viability import Preflight
 from gpupt.edges.journal import Journal
 from gpupt.edges.sysfs import read_host
 from gpupt.errors import Failed, Refused
+from gpupt.model.host import Holder
 from gpupt.model.pci import DriverBinding, PciAddress
 
 GPU = PciAddress.parse("0000:02:00.0")
