@@ -65,7 +65,9 @@ def kernel_of(root: Path) -> WritingKernel:
 
 
 def make_host(root: Path, gpus: int) -> WritingKernel:
-    """A machine with so many GPUs on nouveau (no NVML to ask), each with its sound function in its group."""
+    """A machine with so many GPUs, each with its sound function in its group.
+
+    They are on nouveau: no NVML is asked for their health."""
     functions = []
     for number in range(gpus):
         slot = f"{number // 255:04x}:{number % 255 + 1:02x}:00"
