@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from gpupt.model.health import CheckResult, HealthReport, Verdict
 if TYPE_CHECKING:
     from gpupt.apply.clusterworld import ClusterWorld
     from gpupt.model.cluster import Placement
+    from gpupt.model.pci import PciAddress
     from gpupt.report.health import Reports
 
 UNKNOWN = 3
@@ -40,6 +42,24 @@ LEAST_PERIOD = 1.0
     metavar="FILE",
     help="Where --prometheus writes, whole or not at all.",
 )
+@click.option(
+    "--level",
+    type=click.Choice(["quick", "long"]),
+    default="quick",
+    help="long: put free cards under load too.",
+)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(1, 3600),
+    default=60.0,
+    help="How long --level long loads each card (60).",
+)
+@click.option(
+    "--python",
+    default=sys.executable,
+    metavar="PYTHON",
+    help="The Python whose torch, jax, cupy or tensorflow --level long uses.",
+)
 @click.option("--record", is_flag=True, help="Keep what the cards are now as the baseline.")
 @click.option("--against", metavar="baseline|FILE", help="Tell what changed since it was recorded.")
 @click.option("--watch", type=float, metavar="SECONDS", help="Look again and again, on a terminal.")
@@ -53,6 +73,9 @@ def health(
     nagios: bool,
     prometheus: bool,
     output: str | None,
+    level: str,
+    seconds: float,
+    python: str,
     record: bool,
     against: str | None,
     watch: float | None,
@@ -71,6 +94,7 @@ def health(
     \b
     Examples:
       gpupt health
+      gpupt health --level long         free cards under load for a minute
       gpupt health herbarium            every node of a cluster
       gpupt health --nagios
       gpupt health --prometheus --output /var/lib/prometheus/node-exporter/gpupt.prom
@@ -79,10 +103,13 @@ def health(
     """
     try:
         require_one_output(settings, nagios=nagios, prometheus=prometheus, output=output)
+        load = Load(seconds, python) if level == "long" else None
         look_once = (
-            looker(settings, lending=lending, against=against, record=record)
+            looker(settings, lending=lending, against=against, record=record, load=load)
             if name is None
-            else cluster_looker(settings, name, lending=lending, kept=record or bool(against))
+            else cluster_looker(
+                settings, name, lending=lending, kept=record or bool(against) or load is not None
+            )
         )
         if watch is not None:
             watch_health(settings, look_once, period=watch, everything=everything)
@@ -123,10 +150,18 @@ def require_one_output(
         raise BadInput("--output goes with --prometheus", remedy="redirect stdout for the others")
 
 
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How the long level loads each card: for how long, and by the frameworks of which Python."""
+
+    seconds: float
+    python: str
+
+
 def looker(
-    settings: Settings, *, lending: bool, against: str | None, record: bool
+    settings: Settings, *, lending: bool, against: str | None, record: bool, load: Load | None
 ) -> Callable[[], Reports]:
-    """What looks once: judges, and compares or records where that is wanted."""
+    """What looks once: judges, loads, and compares or records where that is wanted."""
     from gpupt.apply.host import utc
     from gpupt.cli.healthlook import look
     from gpupt.decide.baseline import against_baseline, take_baseline
@@ -140,7 +175,19 @@ def looker(
     def look_once() -> Reports:
         found = look(settings, lending=lending)
         report = found.report
-        now = take_baseline(found.host, found.driver, recorded=utc())
+        measured: dict[PciAddress, dict[str, float]] = {}
+        if load is not None:
+            from gpupt.cli.healthburn import burn
+            from gpupt.edges.healthfile import read_rules
+
+            limits, _ = read_rules(settings.state)
+            settings.say(f"loading the cards that are free, for about {load.seconds:g} s each")
+            report, measured = burn(found, limits=limits, seconds=load.seconds, python=load.python)
+            for gpu in report.gpus:
+                for check in gpu.checks:
+                    if check.id == "burn_in" and check.status is Verdict.UNSUPPORTED:
+                        settings.say(f"{gpu.address}: {check.brief}")
+        now = take_baseline(found.host, found.driver, recorded=utc(), measured=measured)
         if then is not None:
             report = against_baseline(report, now=now, then=then)
         if record:
@@ -157,7 +204,10 @@ def cluster_looker(
 ) -> Callable[[], Reports]:
     """What looks once at every node of a cluster that has GPUs; raises BadInput."""
     if kept:
-        raise BadInput("--record and --against are of this machine's cards, not of a cluster's")
+        raise BadInput(
+            "--record, --against and --level long are of this machine's cards, not of a cluster's",
+            remedy="gpupt ssh NAME NODE runs what is installed in a node",
+        )
     from concurrent.futures import ThreadPoolExecutor
 
     from gpupt.cli.clusterworld import cluster_world
