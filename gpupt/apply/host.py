@@ -32,9 +32,10 @@ from gpupt.actions import (
 from gpupt.apply.world import World
 from gpupt.decide.holding import holder_line, way_to_stop
 from gpupt.decide.inverse import identities_in, inverse
+from gpupt.decide.nodehealth import accuses
 from gpupt.edges.bootrules import remove_rule, write_rule
 from gpupt.edges.kernel import Kernel
-from gpupt.errors import DeadlineExceeded, Failed
+from gpupt.errors import DeadlineExceeded, Failed, GpuptError
 from gpupt.model.gpus import is_another_card
 from gpupt.model.health import CheckResult, Verdict
 from gpupt.model.host import Attribute, Fence, Loan
@@ -207,14 +208,24 @@ def reset_gpu(gpu: PciAddress, world: World) -> None:
 
 
 def check_gpu(gpu: PciAddress, world: World) -> None:
-    """Fence a GPU that came back and fails a check of its health."""
-    found = None if world.health is None else world.health(gpu)
+    """Fence a GPU that came back and fails a check of its health; raises Failed when it could
+    not be checked."""
+    try:
+        found = None if world.health is None else world.health(gpu)
+    except GpuptError as error:
+        raise Failed(
+            f"{gpu} is back, and its health could not be checked: {error.brief}",
+            details=error.details,
+            remedy=error.remedy,
+        ) from error
     if found is None:
         world.narrate(f"{gpu}: its health is not checked")
         return
     for check in found.checks:
-        if check.status is Verdict.FAIL:
+        if accuses(check):
             fence_for(gpu, check, world=world)
+        elif check.status is Verdict.FAIL:
+            world.narrate(f"{gpu} is not to be lent now: {check.id}: {check.brief}")
 
 
 def fence_for(gpu: PciAddress, check: CheckResult, *, world: World) -> None:

@@ -14,7 +14,7 @@ from gpupt.actions import AwaitNode, AwaitRoll
 from gpupt.apply.clusterworld import ClusterWorld
 from gpupt.decide.domain import domain_name
 from gpupt.decide.facts import assess_facts, parse_facts
-from gpupt.decide.nodehealth import in_the_node
+from gpupt.decide.nodehealth import accuses, in_the_node
 from gpupt.errors import DeadlineExceeded, Failed, GpuptError
 from gpupt.model.cluster import Placement
 from gpupt.model.health import CheckResult
@@ -91,7 +91,8 @@ def require_well(
     fence: Callable[[PciAddress, CheckResult], None],
     narrate: Callable[[str], None],
 ) -> None:
-    """Raise Failed, with the card fenced, when a GPU of the node is not well there.
+    """Raise Failed when a GPU of the node is not well there, with the card fenced where it is
+    the card's fault.
 
     Asked of nodes that have NVIDIA's library: no other can say more than the host did.
     """
@@ -105,13 +106,16 @@ def require_well(
     deadline = HEALTH_SECONDS * (SLOW_FACTOR if ours.slow else 1)
     report = ask_node(ssh, state=ours.state, lending=True, deadline=deadline)
     wrong = in_the_node(report, action.placement)
-    for gpu, check in wrong:
+    accused = [(gpu, check) for gpu, check in wrong if accuses(check)]
+    for gpu, check in accused:
         fence(gpu, check)
     if wrong:
         raise Failed(
             f"a GPU of {node} is not well: {wrong[0][1].brief}",
             details=tuple(f"{gpu}: {check.id}: {check.brief}" for gpu, check in wrong),
-            remedy="it is fenced: up again gives the node another one, if any is free",
+            remedy="it is fenced: up again gives the node another one, if any is free"
+            if accused
+            else wrong[0][1].remedy,
         )
     narrate(f"{node}: its {len(action.placement.cards)} GPUs are well")
 

@@ -220,7 +220,7 @@ class Gate:
         if self.wanted and new:
             from gpupt.cli.healthlook import gate
 
-            self.known |= gate(self.settings, new)
+            self.known |= gate(self.settings, new, lending=True)
         return self.known
 
 
@@ -247,21 +247,23 @@ def change(
                 "the host changed while the plan was being shown; nothing was touched",
                 remedy="run the same command again",
             )
-        before = world.journal.ledger.fences
-        execute(plan, world=world)
-        say_fenced(settings, before, world.journal.ledger.fences)
+        with telling_fences(settings, world.journal):
+            execute(plan, world=world)
     if settings.as_json:
         settings.emit(plan_json(plan))
     settings.say(f"{plan.verb} {plan.subject}: done")
 
 
-def say_fenced(
-    settings: Settings, before: Mapping[PciAddress, Fence], now: Mapping[PciAddress, Fence]
-) -> None:
-    """Say which GPUs were fenced on the way, and why."""
-    for gpu, fence in now.items():
-        if before.get(gpu) != fence and gpu not in before:
-            settings.say(f"{gpu} is fenced: {fence.reason}; gpupt status says more")
+@contextmanager
+def telling_fences(settings: Settings, journal: Journal) -> Iterator[None]:
+    """Say in the end, whatever the end, which GPUs were fenced on the way, and why."""
+    before = journal.ledger.fences
+    try:
+        yield
+    finally:
+        for gpu, fence in journal.ledger.fences.items():
+            if before.get(gpu) != fence:
+                settings.say(f"{gpu} is fenced: {fence.reason}; gpupt status says more")
 
 
 def check_health(settings: Settings) -> Callable[[PciAddress], GpuHealth | None]:
@@ -270,7 +272,7 @@ def check_health(settings: Settings) -> Callable[[PciAddress], GpuHealth | None]
     def check(gpu: PciAddress) -> GpuHealth | None:
         from gpupt.cli.healthlook import gate
 
-        return gate(settings, {gpu}).get(gpu)
+        return gate(settings, {gpu}, lending=False).get(gpu)
 
     return check
 
@@ -352,10 +354,11 @@ def recover(settings: Settings, *, dry_run: bool, yes: bool) -> None:
                 "the host changed while the plan was being shown; nothing was touched",
                 remedy="gpupt recover",
             )
-        for run in reversed(world.journal.ledger.unfinished):
-            recover_run(run, host=host, world=world)
-        for rest in left:
-            clean_up(rest, world=world)
+        with telling_fences(settings, world.journal):
+            for run in reversed(world.journal.ledger.unfinished):
+                recover_run(run, host=host, world=world)
+            for rest in left:
+                clean_up(rest, world=world)
     if settings.as_json:
         settings.emit(plan_json(plan))
     settings.say(f"recover {plan.subject}: done")

@@ -15,7 +15,7 @@ from gpupt.actions import Action, Ledger, Plan
 from gpupt.apply.clusterworld import ClusterWorld
 from gpupt.apply.execute import execute
 from gpupt.apply.world import World
-from gpupt.cli.binding import Gate, check_health, read_preflight, say_fenced
+from gpupt.cli.binding import Gate, check_health, read_preflight, telling_fences
 from gpupt.cli.clusterworld import (
     Outlook,
     cluster_world,
@@ -352,16 +352,15 @@ def changing_world(settings: Settings, ours: ClusterWorld, *, watch: Stopwatch) 
     with Journal(settings.state) as journal:
         kernel = settings.kernel(settings.root) if settings.kernel else Kernel(settings.root)
         try:
-            before = journal.ledger.fences
-            yield World(
-                kernel,
-                journal,
-                settings.say,
-                cluster=ours,
-                boundary=watch,
-                health=check_health(settings),
-            )
-            say_fenced(settings, before, journal.ledger.fences)
+            with telling_fences(settings, journal):
+                yield World(
+                    kernel,
+                    journal,
+                    settings.say,
+                    cluster=ours,
+                    boundary=watch,
+                    health=check_health(settings),
+                )
         finally:
             ours.hang_up_all()
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gpupt.cli.context import Settings
 from gpupt.decide.health import judge
+from gpupt.decide.unsaid import with_unsaid
 from gpupt.edges.healthfile import read_rules
 from gpupt.edges.kernellog import read_kernel_log
 from gpupt.edges.pciids import with_names
@@ -20,12 +20,10 @@ from gpupt.model.health import DriverReading, GpuHealth, HealthReport, Library, 
 from gpupt.model.host import Host
 from gpupt.model.pci import PciAddress
 
-# A driver that is well answers in a fraction of it.
-NVML_SECONDS = 10.0
+# A driver that is well answers in a fraction of it; without persistence mode it first wakes
+# each card, which takes seconds a card.
+NVML_SECONDS = 30.0
 LOG_SECONDS = 10.0
-# Where distributions and NVIDIA's own packages put it.
-LIBRARY = "libnvidia-ml.so.1"
-FOLDERS = ("/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib64", "/usr/lib")
 # What is in two samples this far apart is sustained.
 SAMPLES_APART = 0.4
 
@@ -65,7 +63,9 @@ def look(
             for reading in driver.gpus
             if reading.pcie_replays is not None
         }
-        keep_replays(settings.state, counts, boot=boot)
+        # Counts of some cards alone would take the place of those of all.
+        if only is None:
+            keep_replays(settings.state, counts, boot=boot)
     report = judge(
         host,
         driver,
@@ -75,15 +75,17 @@ def look(
         lending=lending,
         ports=read_ports(Reader(settings.root), (gpu.address for gpu in host.gpus)),
     )
-    return Look(host, driver, report)
+    return Look(host, driver, with_unsaid(report, driver, log=log))
 
 
-def gate(settings: Settings, gpus: Collection[PciAddress]) -> dict[PciAddress, GpuHealth]:
-    """How well GPUs are that are to be lent, or came back.
+def gate(
+    settings: Settings, gpus: Collection[PciAddress], *, lending: bool
+) -> dict[PciAddress, GpuHealth]:
+    """How well GPUs are that are to be lent (``lending``), or came back.
 
     NVIDIA's library, where it fails as a whole, fails each card that is on its driver.
     """
-    report = look(settings, lending=True, only=gpus).report
+    report = look(settings, lending=lending, only=gpus).report
     failed = tuple(c for c in report.machine if c.id == "nvml" and c.status is Verdict.FAIL)
     return {
         gpu.address: replace(gpu, checks=(*gpu.checks, *failed)) if gpu.driver == "nvidia" else gpu
@@ -96,7 +98,8 @@ def ask_driver(settings: Settings, host: Host) -> DriverReading:
     if settings.kernel is None and settings.root.resolve() != Path("/"):
         return DriverReading(Library.UNASKED, "only the running machine's driver can be asked")
     cards = [gpu for gpu in host.gpus if gpu.device.id.vendor == NVIDIA]
-    if not any(gpu.device.binding.driver == "nvidia" for gpu in cards) and not library_there():
+    # It knows no others: to ask it of these is to hang with it for nothing.
+    if not any(gpu.device.binding.driver == "nvidia" for gpu in cards):
         return DriverReading(Library.UNASKED, "no card is on NVIDIA's driver")
     from gpupt.edges.nvml import read_driver
 
@@ -104,8 +107,3 @@ def ask_driver(settings: Settings, host: Host) -> DriverReading:
         [gpu.address for gpu in cards], deadline=NVML_SECONDS, samples_apart=SAMPLES_APART
     )
 
-
-def library_there() -> bool:
-    """Whether NVIDIA's library is in a folder where the linker looks."""
-    folders = os.environ.get("LD_LIBRARY_PATH", "").split(":")
-    return any((Path(folder) / LIBRARY).exists() for folder in (*folders, *FOLDERS) if folder)

@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from gpupt.model.cluster import Placement
-from gpupt.model.health import CheckResult, HealthReport, Verdict
+from gpupt.model.health import CheckResult, HealthReport, Library, Verdict
 from gpupt.model.pci import PciAddress
+
+# What these say of the library is of what is installed, and of no card.
+INSTALLED = frozenset({Library.ABSENT, Library.MISMATCH, Library.DENIED, Library.NO_DRIVER})
 
 
 def hosts_of(report: HealthReport, placement: Placement) -> dict[PciAddress, PciAddress]:
@@ -24,19 +27,34 @@ def in_the_node(
     """Each check that fails in the node, with the host's address of the GPU.
 
     What fails and is of no card, and cards that cannot be told apart, are of all its GPUs.
+    Who works on a card of a node is the node's affair.
     """
+    report = counted(report, placement)
     hosts = hosts_of(report, placement)
     everywhere = tuple(card.gpu for card in placement.cards)
     found = []
     for gpu in report.gpus:
         whose = (hosts[gpu.address],) if gpu.address in hosts else everywhere
-        found += [(at, c) for c in gpu.checks if c.status is Verdict.FAIL for at in whose]
-    found += [(at, c) for c in report.machine if c.status is Verdict.FAIL for at in everywhere]
+        found += [(at, check) for check in gpu.checks if keeps_back(check) for at in whose]
+    found += [(at, check) for check in report.machine if keeps_back(check) for at in everywhere]
     return tuple(found)
 
 
+def keeps_back(check: CheckResult) -> bool:
+    """Whether a check keeps a node from being ready."""
+    return check.status is Verdict.FAIL and check.id != "processes"
+
+
+def accuses(check: CheckResult) -> bool:
+    """Whether a check that fails is of the card: neither of who works on it, nor of what is
+    installed.  Those keep it from being lent as long as they last, and no longer."""
+    installed = check.id == "nvml" and check.value in INSTALLED
+    return check.status is Verdict.FAIL and check.id != "processes" and not installed
+
+
 def counted(report: HealthReport, placement: Placement) -> HealthReport:
-    """The report with a check that the node judged as many GPUs as it was lent."""
+    """The report with a check that the node judged as many GPUs as it was lent, in the place
+    of the host's own count of them."""
     there, lent = len(report.gpus), len(placement.cards)
     check = CheckResult(
         "gpu_count",
