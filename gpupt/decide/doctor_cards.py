@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from gpupt.actions import Ledger
 from gpupt.decide.holding import holder_line, way_to_stop
-from gpupt.decide.viability import HARMLESS, closure, is_endpoint
+from gpupt.decide.viability import HARMLESS, about_virtual, closure, is_endpoint
 from gpupt.model.facts import HostFacts
 from gpupt.model.gpus import NVIDIA, state_of
 from gpupt.model.host import Critical, Finding, Gpu, GpuState, Host, Severity
@@ -345,15 +346,9 @@ def lost_device(host: Host, ledger: Ledger, facts: HostFacts) -> Iterator[Findin
 def sriov_active(host: Host, ledger: Ledger, facts: HostFacts) -> Iterator[Finding]:
     """The card has virtual functions, or is one."""
     for gpu in host.gpus:
-        if gpu.device.physfn is not None:
-            yield Finding(
-                "sriov-active",
-                Severity.WARN,
-                str(gpu.address),
-                f"it is a virtual function of {gpu.device.physfn}, and is not lent",
-                (),
-                f"lend the whole card {gpu.device.physfn}",
-            )
+        refused = next(about_virtual(host, gpu), None)
+        if refused is not None:
+            yield replace(refused, severity=Severity.WARN)
         elif gpu.device.sriov_numvfs:
             yield Finding(
                 "sriov-active",

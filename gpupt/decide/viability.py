@@ -89,6 +89,7 @@ def assess_lending(
             )
     return (
         *about_card(gpu, functions, boot_gpu=preflight.boot_gpu),
+        *about_virtual(host, gpu),
         *about_group(host, gpu, functions, loans=loans),
         *about_vfio(gpu, functions, preflight=preflight),
         *about_health(gpu, preflight.health.get(gpu.address)),
@@ -177,14 +178,6 @@ def about_card(gpu: Gpu, functions: list[PciDevice], *, boot_gpu: bool) -> Itera
                 f"{device.address} ({device.id}) shows the remote console",
                 remedy=f"leave it to the host; or gpupt detach {gpu.address} --boot-gpu",
             )
-        if device.physfn is not None:
-            yield refusal(
-                "sriov-active",
-                gpu,
-                "it is a virtual function",
-                f"{device.address} is a virtual function of {device.physfn}",
-                remedy=f"lend the whole card {device.physfn}, with no virtual functions on it",
-            )
         if device.sriov_numvfs:
             yield refusal(
                 "sriov-active",
@@ -193,6 +186,36 @@ def about_card(gpu: Gpu, functions: list[PciDevice], *, boot_gpu: bool) -> Itera
                 f"sriov_numvfs of {device.address} is {device.sriov_numvfs}",
                 remedy=f"echo 0 > /sys/bus/pci/devices/{device.address}/sriov_numvfs",
             )
+
+
+def about_virtual(host: Host, gpu: Gpu) -> Iterator[Finding]:
+    """What a virtual function has against it: it can be lent by vfio-pci while its card is
+    with a driver of the host, unless that driver lends it itself.
+
+    NVIDIA's does (the vendor VFIO framework: ``current_vgpu_type``), and vfio-pci's probe of
+    such a function fails.
+    """
+    whole = gpu.device.physfn
+    if whole is None:
+        return
+    card = host.devices.get(whole)
+    if gpu.device.binding.driver == "nvidia":
+        yield refusal(
+            "sriov-active",
+            gpu,
+            "it is a virtual function that its own driver lends (vGPU)",
+            f"{gpu.address} is a virtual function of {whole}, on nvidia",
+            remedy=f"lend the whole card {whole}, with no virtual functions on it",
+        )
+    elif card is None or card.lost or card.binding.driver in {None, VFIO}:
+        driver = "gone" if card is None or card.lost else card.binding.driver or "on no driver"
+        yield refusal(
+            "sriov-active",
+            gpu,
+            "it is a virtual function of a card that the host does not drive",
+            f"{gpu.address} is a virtual function of {whole}, which is {driver}",
+            remedy="bind the whole card to the driver that made its virtual functions",
+        )
 
 
 def about_group(

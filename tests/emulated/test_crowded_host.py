@@ -18,6 +18,7 @@ from gpupt.model.pci import PciAddress
 pytestmark = pytest.mark.emulated
 ALONE, PAIR, BESIDE_DISK, DISK = "01:00.0", ("03:01.0", "03:02.0"), "05:01.0", "05:02.0"
 WHOLE, NEAR_0, NEAR_1 = "06:00.0", "41:00.0", "81:00.0"
+PART_ID = "10de10ca"
 
 
 @pytest.fixture(scope="module")
@@ -189,15 +190,24 @@ def test_a_card_with_virtual_functions_is_refused(divided: Host) -> None:
     }
     assert len({gpu["iommu_group"] for gpu in shown.values()}) == 3
     found = {each["subject"][5:]: each for each in doctor(divided)["sriov-active"]}
-    assert set(found) == set(shown)
+    # Its parts may be lent; the whole may not.
+    assert set(found) == {WHOLE}
     assert "2 virtual functions" in found[WHOLE]["brief"]
     assert "it has virtual functions" in refusal(divided, "detach", WHOLE, "--yes")
 
 
-def test_a_virtual_function_is_refused(divided: Host) -> None:
-    for address in gpus(divided):
-        if address.startswith("06:") and address != WHOLE:
-            assert "virtual function" in refusal(divided, "detach", address, "--yes")
+def test_a_virtual_function_is_lent_by_itself(divided: Host) -> None:
+    part, other = (each for each in gpus(divided) if each.startswith("06:") and each != WHOLE)
+    divided.gpupt("detach", part, "--yes")
+    assert (divided.driver(part), divided.driver(other)) == ("vfio-pci", None)
+    tiny = TinyGuest(divided, "tiny-part", (PciAddress.parse(part),))
+    try:
+        tiny.start()
+        assert PART_ID in (tiny.seen() or ())
+    finally:
+        tiny.destroy()
+    divided.gpupt("attach", part, "--yes")
+    assert divided.driver(part) is None
 
 
 def test_without_virtual_functions_the_whole_card_goes(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import fakenvml
 import pytest
-from emulatedhost import PYTHON, Host
+from emulatedhost import BENCH, PYTHON, Host
 
 pytestmark = pytest.mark.emulated
 BARE, CARD = "0000:01:00.0", "0000:02:00.0"
@@ -121,3 +121,68 @@ def test_a_library_that_hangs_or_crashes_never_passes(host: Host, scenario: Scen
     for broken in (fakenvml.HANG, fakenvml.CRASH):
         scenario(temperature=broken)
         assert statuses(host, status=2)[CARD] == "fail"
+
+
+# In a node: the image that it boots gets the library, as a roll of somebody's would bring it.
+
+STATE = f"{BENCH}/health"
+DISK = f"{STATE}/disk.qcow2"
+NODES = """\
+cluster: ward
+rolls: [node]
+network: {subnet: 10.73.0.0/24}
+nodes:
+  - {name: frontend, role: frontend, cpus: 1, memory: 1 GiB, gpus: 1}
+"""
+DOCTORED = f"""
+import json, pathlib
+(record,) = pathlib.Path("/var/lib/gpupt/images").glob("*/image.json")
+told = json.loads(record.read_text())
+folder = pathlib.Path("{STATE}/images") / told["digest"]
+folder.mkdir(parents=True)
+for name in ("kernel", "initrd"):
+    (folder / told[name]).symlink_to(record.parent / told[name])
+print(told["disk"])
+told |= {{"disk": "{DISK}", "format": "qcow2"}}
+(folder / "image.json").write_text(json.dumps(told))
+"""
+WELL = f"{BENCH}/well.ini"
+
+
+@pytest.fixture
+def image(host: Host, library: Path, tmp_path: Path) -> Iterator[None]:
+    """A state folder whose one image has the tests' library in it, and all is well by it."""
+    host.sh(f"rm -rf {STATE}; mkdir -p {STATE}")
+    base = host.ssh.run([PYTHON, "-"], stdin=DOCTORED, deadline=60).stdout.strip()
+    # Whatever address the guest sees its card at.
+    cards = [fakenvml.h200(f"0000:{bus:02x}:00.0").but(power_enforced=700_000) for bus in range(16)]
+    host.ssh.put(fakenvml.write_scenario(tmp_path / "well.ini", cards), WELL)
+    host.ssh.put(library, f"{BENCH}/{fakenvml.SONAME}")
+    host.sh(
+        f"set -e; qemu-img create -q -f qcow2 -b {base} -F raw {DISK}; modprobe nbd;"
+        f" qemu-nbd -c /dev/nbd0 {DISK}; udevadm settle; mkdir -p {STATE}/root;"
+        f" mount /dev/nbd0 {STATE}/root; cp {BENCH}/{fakenvml.SONAME} {STATE}/root{PLACE};"
+        f" cp {WELL} {STATE}/root{SCENARIO}; umount {STATE}/root; qemu-nbd -d /dev/nbd0"
+    )
+    yield
+    host.run("gpupt", "--state", STATE, "down", "ward", "--yes", check=False, deadline=300)
+    host.sh(f"rm -rf {STATE}")
+
+
+@pytest.mark.usefixtures("image")
+def test_a_node_is_asked_how_its_cards_are(host: Host, is_home: IsHome) -> None:
+    host.ssh.run(["tee", f"{BENCH}/ward.yaml"], stdin=NODES, deadline=20)
+    ours = ("--state", STATE)
+    up = host.run("gpupt", *ours, "up", f"{BENCH}/ward.yaml", "--yes", deadline=600)
+    assert "frontend: its 1 GPUs are well" in up.stderr
+    said = host.gpupt(*ours, "health", "ward", deadline=300)
+    assert (said["status"], list(said["nodes"])) == ("ok", ["frontend"])
+    (gpu,) = said["nodes"]["frontend"]["gpus"]
+    assert {each["status"] for each in gpu["checks"]} <= {"ok", "unsupported"}
+    ill = f"sed -i 's/^remapped = .*/remapped = 0,1,0,1/' {SCENARIO}"
+    host.run("gpupt", *ours, "ssh", "ward", "frontend", ill, deadline=60)
+    said = host.gpupt(*ours, "health", "ward", status=2, deadline=300)
+    (gpu,) = said["nodes"]["frontend"]["gpus"]
+    assert [each["id"] for each in gpu["checks"] if each["status"] == "fail"] == ["remap_failure"]
+    host.gpupt(*ours, "down", "ward", "--yes", deadline=300)
+    is_home()

@@ -365,8 +365,8 @@ CASES: dict[str, list[tuple[Machine, Machine]]] = {
             Machine([card(more={"sriov_numvfs": "0"})]),
         ),
         (
-            Machine([card(), replace(APART, class_code=0x030200, physfn=GPU)]),
-            Machine([card(), APART]),
+            Machine([card(), replace(APART, class_code=0x030200, driver="nvidia", physfn=GPU)]),
+            Machine([card(), replace(APART, class_code=0x030200, driver="amdgpu", physfn=GPU)]),
         ),
     ],
     "guest-bar-window": [

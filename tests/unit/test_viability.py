@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -84,12 +85,22 @@ def test_lost(tmp_path: Path) -> None:
     )
 
 
-def test_virtual_functions(tmp_path: Path) -> None:
-    whole = card("0000:01:00.0", 1, more={"sriov_numvfs": "2"})
-    virtual = card("0000:01:00.4", 2, physfn="0000:01:00.0")
+@pytest.mark.parametrize("driver", [None, "amdgpu", "nvidia"])
+def test_virtual_functions(tmp_path: Path, driver: str | None) -> None:
+    whole = card("0000:01:00.0", 1, "amdgpu", more={"sriov_numvfs": "2"})
+    virtual = card("0000:01:00.4", 2, driver, physfn="0000:01:00.0")
     host = host_of(tmp_path, whole, virtual)
     assert reasons(host, "01:00.0") == ["sriov-active"]
-    assert reasons(host, "01:00.4") == ["sriov-active"]
+    # A plain virtual function is lent by vfio-pci while the host's driver has the whole card;
+    # NVIDIA's own driver lends its own by itself.
+    assert reasons(host, "01:00.4") == (["sriov-active"] if driver == "nvidia" else [])
+    for whose in (None, "vfio-pci"):
+        odd = host_of(
+            tmp_path / str(whose),
+            replace(whole, driver=whose),
+            card("0000:01:00.4", 2, "amdgpu", physfn="0000:01:00.0"),
+        )
+        assert reasons(odd, "01:00.4") == ["sriov-active"]
 
 
 def test_holders_are_named(tmp_path: Path) -> None:
