@@ -17,6 +17,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent.parent
 BIN = HERE / ".venv/bin"
+# What takes long is named, so that it can be cut.
+SLOWEST = ("--durations=12", "--durations-min=10")
 SLOW = ("libvirt", "packaging", "stack", "emulated", "demo", "gpu")
 
 
@@ -87,7 +89,7 @@ def pytest(*arguments: str | Path, deadline: float) -> Counts:
     with tempfile.TemporaryDirectory(prefix="gpupt-tests-") as folder:
         report = Path(folder) / "report.xml"
         status = execute(
-            [BIN / "python", "-m", "pytest", "-q", f"--junitxml={report}", *arguments],
+            [BIN / "python", "-m", "pytest", "-q", *SLOWEST, f"--junitxml={report}", *arguments],
             deadline=deadline,
         )
         if not report.exists():

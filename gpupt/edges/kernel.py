@@ -33,6 +33,10 @@ RESET_DEADLINE = 90.0
 MODULE_DEADLINE = 60.0
 
 
+class Unsupported(Failed):
+    """What the kernel does not do for this device."""
+
+
 class Kernel:
     """The kernel whose files are under ``root``; raises Failed, DeadlineExceeded."""
 
@@ -118,7 +122,11 @@ class Kernel:
         return (self.root / BUS / "devices" / str(address) / "reset").exists()
 
     def reset(self, address: PciAddress) -> None:
-        """Reset the function, in the first of its ``reset_method`` that works."""
+        """Reset the function, in the first of its ``reset_method`` that works.
+
+        Raises Unsupported where none does: ``bus`` is named for the first function of a card
+        that was found before its others were, and cannot be done to it alone.
+        """
         self.write(BUS / "devices" / str(address) / "reset", "1\n", deadline=RESET_DEADLINE)
 
     def attribute(self, path: str) -> str | None:
@@ -179,7 +187,8 @@ def refused_write(path: PurePosixPath, text: str, number: int) -> Failed:
     """The error for a write that the kernel answered with an errno."""
     name = errno.errorcode.get(number, str(number))
     denied = number in {errno.EACCES, errno.EPERM, errno.EROFS}
-    return Failed(
+    kind = Unsupported if number == errno.ENOTTY else Failed
+    return kind(
         f"the kernel refused {path.name}: {os.strerror(number)} ({name})",
         details=f"/{path} ← {text or '(empty)'}",
         remedy="run gpupt as root" if denied else "dmesg holds the kernel's reason",

@@ -43,8 +43,6 @@ def reading_verbs_answer(host: Host) -> None:
     """Each of them comes to an end, and not with a traceback; recover finds nothing to do."""
     assert host.gpupt("list")["gpus"] != []
     assert [loan["gpu"][5:] for loan in host.gpupt("status")["loans"]] == [GPU]
-    doctor(host)
-    host.run("gpupt", "info", CARD)
     assert host.gpupt("recover", "--yes")["actions"] == []
 
 
