@@ -24,7 +24,8 @@ class ClusterWorld:
     rolls, and the connections to nodes, each opened when it is first needed.
 
     ``bake`` makes an image of that digest; ``accelerated`` says whether KVM runs guests,
-    ``slow`` that this host is itself an emulated one."""
+    ``slow`` that this host is itself an emulated one, ``unhealthy`` that GPUs are lent though
+    they fail checks of their health."""
 
     state: Path
     uri: str
@@ -33,6 +34,7 @@ class ClusterWorld:
     accelerated: Callable[[], bool]
     hypervisor_open: Hypervisor | None = None
     slow: bool = False
+    unhealthy: bool = False
     numa_nodes: int = 1
     connections: dict[tuple[str, str], Ssh] = field(default_factory=dict)
     facts: dict[str, NodeFacts] = field(default_factory=dict)

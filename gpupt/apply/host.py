@@ -32,9 +32,9 @@ from gpupt.actions import (
 from gpupt.apply.world import World
 from gpupt.decide.holding import holder_line, way_to_stop
 from gpupt.decide.inverse import identities_in, inverse
-from gpupt.decide.nodehealth import accuses
+from gpupt.decide.nodehealth import accusing
 from gpupt.edges.bootrules import remove_rule, write_rule
-from gpupt.edges.kernel import Kernel
+from gpupt.edges.kernel import Kernel, Unsupported
 from gpupt.errors import DeadlineExceeded, Failed, GpuptError
 from gpupt.model.gpus import is_another_card
 from gpupt.model.health import CheckResult, Verdict
@@ -190,11 +190,13 @@ def reset_gpu(gpu: PciAddress, world: World) -> None:
         return
     try:
         require_answering(gpu, kernel)
-        if kernel.resettable(gpu):
-            kernel.reset(gpu)
-            require_answering(gpu, kernel)
-        else:
-            world.narrate(f"{gpu}: the kernel knows no way to reset it alone")
+        if not kernel.resettable(gpu):
+            raise Unsupported(f"{gpu} has no reset")
+        kernel.reset(gpu)
+        require_answering(gpu, kernel)
+    except Unsupported:
+        # vfio-pci itself resets what a guest had as it closes it, in any way that it knows.
+        world.narrate(f"{gpu}: the kernel knows no way to reset it alone")
     except (Failed, DeadlineExceeded) as error:
         reason = f"after its guest: {error.brief}"
         world.journal.fence(
@@ -221,8 +223,9 @@ def check_gpu(gpu: PciAddress, world: World) -> None:
     if found is None:
         world.narrate(f"{gpu}: its health is not checked")
         return
+    accused = accusing(found.checks)
     for check in found.checks:
-        if accuses(check):
+        if check in accused:
             fence_for(gpu, check, world=world)
         elif check.status is Verdict.FAIL:
             world.narrate(f"{gpu} is not to be lent now: {check.id}: {check.brief}")

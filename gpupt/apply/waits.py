@@ -14,7 +14,7 @@ from gpupt.actions import AwaitNode, AwaitRoll
 from gpupt.apply.clusterworld import ClusterWorld
 from gpupt.decide.domain import domain_name
 from gpupt.decide.facts import assess_facts, parse_facts
-from gpupt.decide.nodehealth import accuses, in_the_node
+from gpupt.decide.nodehealth import accusing, in_the_node
 from gpupt.errors import DeadlineExceeded, Failed, GpuptError
 from gpupt.model.cluster import Placement
 from gpupt.model.health import CheckResult
@@ -97,7 +97,7 @@ def require_well(
     Asked of nodes that have NVIDIA's library: no other can say more than the host did.
     """
     facts = ours.facts.get(action.placement.node.name)
-    if facts is None or not facts.nvml or not action.placement.cards:
+    if ours.unhealthy or facts is None or not facts.nvml or not action.placement.cards:
         return
     from gpupt.edges.nodehealth import ask_node
 
@@ -106,9 +106,10 @@ def require_well(
     deadline = HEALTH_SECONDS * (SLOW_FACTOR if ours.slow else 1)
     report = ask_node(ssh, state=ours.state, lending=True, deadline=deadline)
     wrong = in_the_node(report, action.placement)
-    accused = [(gpu, check) for gpu, check in wrong if accuses(check)]
-    for gpu, check in accused:
-        fence(gpu, check)
+    accused = accusing(check for _, check in wrong)
+    for gpu, check in wrong:
+        if check in accused:
+            fence(gpu, check)
     if wrong:
         raise Failed(
             f"a GPU of {node} is not well: {wrong[0][1].brief}",

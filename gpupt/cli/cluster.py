@@ -134,6 +134,7 @@ def up(settings: Settings, *, file: Path, unhealthy: bool, dry_run: bool, yes: b
         )
         say_findings(settings, findings)
         ours = cluster_world(settings, hypervisor=hypervisor)
+        ours.unhealthy = unhealthy
         if decided.actions and not dry_run:
             require_bakery(outlook)
         if consent(settings, decided, dry_run=dry_run, yes=yes):

@@ -7,12 +7,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from gpupt.cli.context import Settings, common
-from gpupt.cli.host import terminal_colour
+from gpupt.cli.host import terminal_colour, terminal_width
 from gpupt.errors import BadInput, GpuptError
 from gpupt.model.health import CheckResult, HealthReport, Verdict
 
@@ -28,7 +28,18 @@ MOST_NODES = 32
 LEAST_PERIOD = 1.0
 
 
-@click.command()
+class NagiosCommand(click.Command):
+    """A command whose wrong usage is unknown too: Nagios takes 2 for a card that fails."""
+
+    def make_context(self, *given: Any, **more: Any) -> click.Context:
+        try:
+            return super().make_context(*given, **more)
+        except click.UsageError as error:
+            error.show()
+            sys.exit(UNKNOWN)
+
+
+@click.command(cls=NagiosCommand)
 @click.argument("name", metavar="[NAME]", required=False)
 @click.option(
     "--all", "-a", "everything", is_flag=True, help="Every check, not only what is wrong."
@@ -88,8 +99,8 @@ def health(
     asked, all at the same time.  Rules of your own are in STATE/health.yaml.
 
     \b
-    Exit status, as Nagios reads it:
-      0 OK    1 WARNING    2 CRITICAL    3 UNKNOWN (nothing could be judged)
+    Exit status, as Nagios reads it, of every output:
+      0 OK    1 WARNING    2 CRITICAL    3 UNKNOWN (nothing could be judged, or wrong usage)
 
     \b
     Examples:
@@ -101,6 +112,8 @@ def health(
       gpupt health --record             while all is well
       gpupt health --against baseline   what changed since
     """
+    from gpupt.report.health import exit_code
+
     try:
         require_one_output(settings, nagios=nagios, prometheus=prometheus, output=output)
         load = Load(seconds, python) if level == "long" else None
@@ -112,8 +125,9 @@ def health(
             )
         )
         if watch is not None:
-            watch_health(settings, look_once, period=watch, everything=everything)
-            return
+            require_watchable(settings, period=watch, others=nagios or prometheus or record)
+            reports = watch_health(look_once, period=watch, everything=everything)
+            sys.exit(exit_code(reports))
         reports = look_once()
         if prometheus:
             tell_prometheus(reports, output=output)
@@ -128,16 +142,20 @@ def health(
         else:
             from gpupt.report.health import health_lines
 
-            for line in health_lines(reports, everything=everything, colour=terminal_colour()):
+            for line in health_lines(
+                reports,
+                everything=everything,
+                colour=terminal_colour(),
+                width=terminal_width(),
+            ):
                 click.echo(line)
-    except GpuptError as error:
+    except BrokenPipeError:
+        raise
+    except (GpuptError, OSError) as error:
         # Nagios takes 1 for a warning and 2 for a failing card: this is neither.
         click.echo(f"gpupt: {error}", err=True)
         sys.exit(UNKNOWN)
-    from gpupt.report.health import exit_code
-
-    # A timer that refreshes a file has done its work whatever the cards are.
-    sys.exit(0 if prometheus else exit_code(reports))
+    sys.exit(exit_code(reports))
 
 
 def require_one_output(
@@ -190,13 +208,21 @@ def looker(
         now = take_baseline(found.host, found.driver, recorded=utc(), measured=measured)
         if then is not None:
             report = against_baseline(report, now=now, then=then)
-        if record:
+        if record and silent_library(report):
+            # The facts that it tells are most of a baseline, and the recorded ones still true.
+            settings.say("gpupt: not recorded: NVIDIA's library does not answer")
+        elif record:
             place = baseline_file(settings.state)
             write_baseline(place, now)
-            settings.say(f"{place}: {len(now.cards)} GPUs recorded")
+            settings.say(f"{place}: {len(now.cards)} of {len(found.host.gpus)} GPUs recorded")
         return {"": report}
 
     return look_once
+
+
+def silent_library(report: HealthReport) -> bool:
+    """Whether NVIDIA's library failed as a whole."""
+    return any(each.id == "nvml" and each.status is Verdict.FAIL for each in report.machine)
 
 
 def cluster_looker(
@@ -242,7 +268,8 @@ def node_report(
         ssh = ours.ssh(cluster, placement, deadline=CONNECT_SECONDS)
         return counted(ask_node(ssh, state=settings.state, lending=lending), placement)
     except GpuptError as error:
-        check = CheckResult("node", Verdict.FAIL, error.brief, remedy=error.remedy)
+        said = "; ".join((error.brief, *error.details[-1:]))
+        check = CheckResult("node", Verdict.FAIL, said, remedy=error.remedy)
         return HealthReport((), (check,))
 
 
@@ -258,23 +285,34 @@ def tell_prometheus(reports: Reports, *, output: str | None) -> None:
         write_whole(Path(output), text)
 
 
-def watch_health(
-    settings: Settings, look_once: Callable[[], Reports], *, period: float, everything: bool
-) -> None:
-    """Show the report until Ctrl-C, anew every ``period`` seconds; raises BadInput."""
-    if not sys.stdout.isatty() or settings.as_json:
-        raise BadInput("--watch is for a terminal", remedy="leave it out, and run it from a timer")
+def require_watchable(settings: Settings, *, period: float, others: bool) -> None:
+    """Raise BadInput unless the report can be shown again and again; ``others``: something is
+    asked for that is done once."""
+    if not sys.stdout.isatty() or settings.as_json or others:
+        raise BadInput(
+            "--watch is for a terminal, and for the table alone",
+            remedy="leave it out, and run it from a timer",
+        )
     if not period >= LEAST_PERIOD:
         raise BadInput(f"--watch {period:g}: every {LEAST_PERIOD:g} s at most")
+
+
+def watch_health(look_once: Callable[[], Reports], *, period: float, everything: bool) -> Reports:
+    """Show the report until Ctrl-C, anew every ``period`` seconds; returns the last."""
     from gpupt.report.health import health_lines
 
+    reports: Reports = {}
     try:
         while True:
             begun = time.monotonic()
-            lines = health_lines(look_once(), everything=everything, colour=terminal_colour())
+            reports = look_once()
+            lines = health_lines(
+                reports, everything=everything, colour=terminal_colour(), width=terminal_width()
+            )
             # Home, the text with each line cleared to its end, then everything below.
             told = [f"gpupt health, every {period:g} s; Ctrl-C ends", "", *lines]
             click.echo("\x1b[H" + "".join(f"{line}\x1b[K\n" for line in told) + "\x1b[J", nl=False)
             time.sleep(max(0.0, begun + period - time.monotonic()))
     except KeyboardInterrupt:
         click.echo()
+    return reports

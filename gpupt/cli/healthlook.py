@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +25,9 @@ from gpupt.model.pci import PciAddress
 # each card, which takes seconds a card.
 NVML_SECONDS = 30.0
 LOG_SECONDS = 10.0
+# Where distributions and NVIDIA's own packages put it.
+LIBRARY = "libnvidia-ml.so.1"
+FOLDERS = ("/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib64", "/usr/lib")
 # What is in two samples this far apart is sustained.
 SAMPLES_APART = 0.4
 
@@ -98,8 +102,7 @@ def ask_driver(settings: Settings, host: Host) -> DriverReading:
     if settings.kernel is None and settings.root.resolve() != Path("/"):
         return DriverReading(Library.UNASKED, "only the running machine's driver can be asked")
     cards = [gpu for gpu in host.gpus if gpu.device.id.vendor == NVIDIA]
-    # It knows no others: to ask it of these is to hang with it for nothing.
-    if not any(gpu.device.binding.driver == "nvidia" for gpu in cards):
+    if not any(gpu.device.binding.driver == "nvidia" for gpu in cards) and not library_there():
         return DriverReading(Library.UNASKED, "no card is on NVIDIA's driver")
     from gpupt.edges.nvml import read_driver
 
@@ -107,3 +110,8 @@ def ask_driver(settings: Settings, host: Host) -> DriverReading:
         [gpu.address for gpu in cards], deadline=NVML_SECONDS, samples_apart=SAMPLES_APART
     )
 
+
+def library_there() -> bool:
+    """Whether NVIDIA's library is in a folder where the linker looks."""
+    folders = os.environ.get("LD_LIBRARY_PATH", "").split(":")
+    return any((Path(folder) / LIBRARY).exists() for folder in (*folders, *FOLDERS) if folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from gpupt.model.cluster import Placement
@@ -45,11 +46,15 @@ def keeps_back(check: CheckResult) -> bool:
     return check.status is Verdict.FAIL and check.id != "processes"
 
 
-def accuses(check: CheckResult) -> bool:
-    """Whether a check that fails is of the card: neither of who works on it, nor of what is
-    installed.  Those keep it from being lent as long as they last, and no longer."""
-    installed = check.id == "nvml" and check.value in INSTALLED
-    return check.status is Verdict.FAIL and check.id != "processes" and not installed
+def accusing(checks: Iterable[CheckResult]) -> tuple[CheckResult, ...]:
+    """Those of a card's checks that fail by its own fault: neither by that of who works on it,
+    nor of what is installed.  These keep it from being lent as long as they last, no longer."""
+    failed = [check for check in checks if check.status is Verdict.FAIL]
+    excused = {"processes"}
+    if any(check.id == "nvml" and check.value in INSTALLED for check in failed):
+        # A library that does not serve knows no card.
+        excused |= {"nvml", "driver"}
+    return tuple(check for check in failed if check.id not in excused)
 
 
 def counted(report: HealthReport, placement: Placement) -> HealthReport:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from gpupt.errors import BadInput, Failed
@@ -36,10 +37,9 @@ def read_baseline(file: Path) -> Baseline:
         )
     except FileNotFoundError:
         raise BadInput(f"there is no baseline: {file}", remedy=remedy) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadInput(
-            f"{file} is no baseline", details=f"{type(error).__name__}: {error}", remedy=remedy
-        ) from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, BadInput) as error:
+        why = error.brief if isinstance(error, BadInput) else f"{type(error).__name__}: {error}"
+        raise BadInput(f"{file} is no baseline", details=why, remedy=remedy) from None
 
 
 def write_baseline(file: Path, baseline: Baseline) -> None:
@@ -54,6 +54,9 @@ def write_baseline(file: Path, baseline: Baseline) -> None:
 
 def write_whole(file: Path, text: str) -> None:
     """Put text into a file so that a reader sees all of it or the file of before; raises Failed."""
+    # A device, or a link to another place, is not to be replaced by a file.
+    if os.path.lexists(file) and (file.is_symlink() or not file.is_file()):
+        raise Failed(f"cannot write {file}", details="it is there, and no regular file")
     half = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -61,5 +64,6 @@ def write_whole(file: Path, text: str) -> None:
         half.chmod(0o644)
         half.replace(file)
     except OSError as error:
-        half.unlink(missing_ok=True)
+        with suppress(OSError):
+            half.unlink()
         raise Failed(f"cannot write {file}", details=str(error)) from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from gpupt.edges.yamlfile import Value, read_yaml
+from gpupt.errors import BadInput
 from gpupt.model.healthrules import OVERRIDABLE, Expectations, Thresholds
 
 MOST_GPUS = 1024
@@ -20,7 +21,7 @@ def read_rules(state: Path) -> tuple[Thresholds, Expectations]:
     """The rules of a state folder, the built-in ones where it has none; raises BadInput with
     file, line and column."""
     file = health_file(state)
-    if not file.exists():
+    if not is_there(file):
         return Thresholds(), Expectations()
     top = read_yaml(file).fields("expect", "thresholds", "models")
     limits = numbers(top["thresholds"]) if "thresholds" in top else {}
@@ -32,6 +33,14 @@ def read_rules(state: Path) -> tuple[Thresholds, Expectations]:
         ),
         expected(top["expect"]) if "expect" in top else Expectations(),
     )
+
+
+def is_there(file: Path) -> bool:
+    """Whether there are rules; raises BadInput where that may not be known."""
+    try:
+        return file.exists()
+    except OSError as error:
+        raise BadInput(f"cannot read {file}", details=str(error), remedy="run as root") from None
 
 
 def numbers(value: Value) -> dict[str, float]:

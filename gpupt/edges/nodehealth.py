@@ -6,20 +6,21 @@ What is sent is pure Python: gpupt, click, PyYAML and pynvml.
 
 from __future__ import annotations
 
+import base64
 import gzip
 import hashlib
 import io
 import json
+import math
 import tarfile
-import tempfile
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpupt.edges.healthfile import health_file
+from gpupt.edges.healthfile import health_file, is_there, read_rules
 from gpupt.edges.process import Completed
-from gpupt.errors import Failed
+from gpupt.errors import BadInput, Failed
 from gpupt.model.health import CheckResult, GpuHealth, HealthReport, Verdict
 from gpupt.model.pci import PciAddress
 
@@ -29,8 +30,13 @@ if TYPE_CHECKING:
 # In memory, and gone with the next boot.
 PLACE = "/run/gpupt/health"
 NEEDED = ("gpupt", "click", "yaml", "pynvml")
-# What of gpupt no health check imports.
-LEFT_OUT = {"lab", "__pycache__"}
+# What of gpupt no health check imports; all but the first are folders of a wheel's alone.
+LEFT_OUT = {"lab", "rolls", "playbooks", "templates", "examples", "__pycache__"}
+# The mark comes last: a folder without it was cut short.
+UNPACK = (
+    'set -e; mkdir -p "$1"; chmod 700 "$1"; '
+    'base64 -d | tar -xzf - -C "$1" --no-same-owner; touch "$1/whole"'
+)
 SECONDS = 120.0
 # `gpupt health` says with 0 to 3 how the cards are; any other status, it did not run.
 ANSWERS = range(4)
@@ -48,22 +54,21 @@ def ask_node(ssh: Ssh, *, state: Path, lending: bool, deadline: float = SECONDS)
 
 def install(ssh: Ssh, *, state: Path, deadline: float) -> str:
     """The folder on the node that has gpupt in it, put there if it is not."""
-    rules = health_file(state)
-    text = rules.read_bytes() if rules.exists() else b""
-    archive = pack(text)
+    archive = pack(rules_of(state))
     folder = f"{PLACE}/{hashlib.sha256(archive).hexdigest()[:16]}"
-    if ssh.run(["test", "-e", f"{folder}/whole"], deadline=deadline, check=False).status == 0:
-        return folder
-    half = f"{folder}.tar.gz"
-    ssh.run(["mkdir", "-p", "-m", "700", folder], deadline=deadline)
-    with tempfile.NamedTemporaryFile() as file:
-        file.write(archive)
-        file.flush()
-        ssh.put(Path(file.name), half)
-    ssh.run(["tar", "-xzf", half, "-C", folder, "--no-same-owner"], deadline=deadline)
-    ssh.run(["rm", half], deadline=deadline)
-    ssh.run(["touch", f"{folder}/whole"], deadline=deadline)
+    if ssh.run(["test", "-e", f"{folder}/whole"], deadline=deadline, check=False).status != 0:
+        # Through the command's own deadline, which a copy of a file has not.
+        text = base64.b64encode(archive).decode("ascii")
+        ssh.run(["sh", "-c", UNPACK, "gpupt", folder], deadline=deadline, stdin=text)
     return folder
+
+
+def rules_of(state: Path) -> bytes:
+    """The file of rules of this state folder, empty where it has none; raises BadInput."""
+    # Read here too: what is wrong in it is told by its place on this machine.
+    read_rules(state)
+    file = health_file(state)
+    return file.read_bytes() if is_there(file) else b""
 
 
 @cache
@@ -109,16 +114,16 @@ def parse_report(done: Completed, *, node: str) -> HealthReport:
             gpus=tuple(
                 GpuHealth(
                     address=PciAddress.parse(gpu["address"]),
-                    uuid=gpu["uuid"],
-                    name=gpu["name"],
-                    driver=gpu["driver"],
+                    uuid=text_of(gpu["uuid"]),
+                    name=text_of(gpu["name"]),
+                    driver=text_of(gpu["driver"]),
                     checks=tuple(read_check(check) for check in gpu["checks"]),
                 )
                 for gpu in told["gpus"]
             ),
             machine=tuple(read_check(check) for check in told["machine"]),
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, BadInput) as error:
         said = (done.stderr.strip() or done.stdout.strip()).splitlines()[-8:]
         raise Failed(
             f"{node} did not say how its GPUs are",
@@ -129,13 +134,23 @@ def parse_report(done: Completed, *, node: str) -> HealthReport:
 
 def read_check(told: dict[str, Any]) -> CheckResult:
     """One check; raises KeyError, ValueError, TypeError."""
+    number = told["number"]
+    if number is not None and not math.isfinite(number):
+        raise ValueError(f"{number} is no quantity")
     return CheckResult(
         id=str(told["id"]),
         status=Verdict(told["status"]),
         brief=str(told["brief"]),
-        value=told["value"],
-        threshold=told["threshold"],
+        value=text_of(told["value"]),
+        threshold=text_of(told["threshold"]),
         remedy=str(told["remedy"]),
-        number=told["number"],
+        number=number,
         unit=str(told["unit"]),
     )
+
+
+def text_of(value: object) -> str | None:
+    """A text that may be lacking; raises TypeError."""
+    if value is None or isinstance(value, str):
+        return value
+    raise TypeError(f"{value!r} is no text")

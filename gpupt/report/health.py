@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from textwrap import wrap
 from typing import Any
 
 from gpupt.model.health import CheckResult, GpuHealth, HealthReport, Verdict, worst
-from gpupt.report.tables import Cell, paint, plural, table
+from gpupt.report.tables import Cell, GpuName, paint, plural, table
 
 # https://nagios-plugins.org/doc/guidelines.html: state words, and the exit codes behind them.
 NAGIOS = {
@@ -31,12 +32,25 @@ COLOUR = {
 # Units that Nagios knows in performance data; any other is left out.
 UNITS_OF_NAGIOS = {"s", "%", "B"}
 MACHINE = "machine"
+GPU_HEAD = ["GPU", "HEALTH", "DRIVER", "FAIL", "WARN", "OK", "N/A", "NAME"]
+# Cards that are named in one line for Nagios; the others are counted alone.
+MOST_NAMED = 3
+LINE, INDENT = 78, "      "
 Reports = Mapping[str, HealthReport]
+
+
+def status_of(report: HealthReport) -> Verdict:
+    """The worst of a report.  No GPU, and nothing wrong: that is not well, unless none is what
+    there is to be."""
+    counted = any(check.id == "gpu_count" for check in report.machine)
+    if report.status is Verdict.OK and not report.gpus and not counted:
+        return Verdict.UNSUPPORTED
+    return report.status
 
 
 def verdict_of(reports: Reports) -> Verdict:
     """The worst of all."""
-    return worst(report.status for report in reports.values())
+    return worst(status_of(report) for report in reports.values())
 
 
 def exit_code(reports: Reports) -> int:
@@ -46,9 +60,12 @@ def exit_code(reports: Reports) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Something wrong: what it is of, a check that says so, and how many say the same."""
+    """Something wrong: what it is of, a check that says so, and how many more of each say so.
 
-    subject: str
+    Of several subjects, ADDRESS stands in the check's words for that of each.
+    """
+
+    subjects: tuple[str, ...]
     check: CheckResult
     more: int = 0
 
@@ -58,9 +75,26 @@ class Problem:
         more = f" and {self.more} more" if self.more else ""
         return f"{self.check.id}{more}: {self.check.brief}"
 
+    @property
+    def subject(self) -> str:
+        """``0000:41:00.0``, or ``8 GPUs``."""
+        if len(self.subjects) == 1:
+            return self.subjects[0]
+        cards = all(":" in each for each in self.subjects)
+        return plural(len(self.subjects), "GPU" if cards else "machine")
+
+    @property
+    def named(self) -> str:
+        """``0000:41:00.0``, or ``8 GPUs (0000:41:00.0, 0000:42:00.0, 0000:43:00.0, …)``."""
+        if len(self.subjects) == 1:
+            return self.subject
+        more = ["…"] if len(self.subjects) > MOST_NAMED else []
+        return f"{self.subject} ({', '.join([*self.subjects[:MOST_NAMED], *more])})"
+
 
 def problems(reports: Reports) -> list[Problem]:
-    """What is not well, the worst first; one cause that fails many checks is told once."""
+    """What is not well, the worst first; one cause that fails many checks of a card is told
+    once, and one check that says the same of many cards too."""
     found: dict[tuple[str, str, Verdict], Problem] = {}
     for subject, checks in subjects(reports):
         for check in checks:
@@ -68,21 +102,47 @@ def problems(reports: Reports) -> list[Problem]:
                 continue
             key = (subject, check.brief, check.status)
             known = found.get(key)
-            found[key] = replace(known, more=known.more + 1) if known else Problem(subject, check)
-    return sorted(found.values(), key=lambda each: SEVEREST.index(each.check.status))
+            found[key] = (
+                replace(known, more=known.more + 1) if known else Problem((subject,), check)
+            )
+    alike: dict[Problem, list[Problem]] = {}
+    for problem in found.values():
+        alike.setdefault(anonymous(problem), []).append(problem)
+    told = [
+        same[0]
+        if len(same) == 1
+        else replace(shared, subjects=tuple(each.subjects[0] for each in same))
+        for shared, same in alike.items()
+    ]
+    return sorted(told, key=lambda each: SEVEREST.index(each.check.status))
 
 
-def health_lines(reports: Reports, *, everything: bool = False, colour: bool) -> list[str]:
-    """``gpupt health``: what is wrong, then a line for each GPU; ``everything``: each check."""
+def anonymous(problem: Problem) -> Problem:
+    """The problem without what it is of, and without its measures: alike for cards alike."""
+    address = problem.subjects[0].rpartition("/")[2]
+    check = problem.check
+    return Problem(
+        (),
+        CheckResult(
+            check.id,
+            check.status,
+            check.brief.replace(address, "ADDRESS"),
+            threshold=check.threshold,
+            remedy=check.remedy.replace(address, "ADDRESS"),
+        ),
+        problem.more,
+    )
+
+
+def health_lines(
+    reports: Reports, *, everything: bool = False, colour: bool, width: int | None = None
+) -> list[str]:
+    """``gpupt health``: what is wrong, then a line for each GPU; ``everything``: each check.
+
+    Tables are cut to ``width`` characters a line."""
     lines = []
     for problem in problems(reports):
-        check = problem.check
-        mark = paint(f"{check.status.value:<4}", COLOUR[check.status], colour=colour)
-        lines.append(f"{mark}  {problem.subject}  {problem.said}")
-        if check.threshold:
-            lines.append(f"      {paint(f'rule: {check.threshold}', 'dim', colour=colour)}")
-        if check.remedy:
-            lines.append(f"      → {check.remedy}")
+        lines += problem_lines(problem, colour=colour)
     if lines:
         lines.append("")
     rows = [
@@ -92,33 +152,41 @@ def health_lines(reports: Reports, *, everything: bool = False, colour: bool) ->
     ]
     if not rows:
         return [*lines, "no GPU was judged: there is none here"]
-    head = ["GPU", "HEALTH", "DRIVER", "CHECKS", "NAME"]
-    lines += table(["NODE", *head] if len(rows[0]) > len(head) else head, rows, colour=colour)
+    head = ["NODE", *GPU_HEAD] if len(rows[0]) > len(GPU_HEAD) else GPU_HEAD
+    lines += table(head, rows, colour=colour, width=width)
     if everything:
-        lines += ["", *check_lines(reports, colour=colour)]
+        lines += ["", *check_lines(reports, colour=colour, width=width)]
+    return lines
+
+
+def problem_lines(problem: Problem, *, colour: bool) -> list[str]:
+    """A problem with its rule and its remedy, and the cards that have it in common."""
+    check = problem.check
+    mark = paint(f"{check.status.value:<4}", COLOUR[check.status], colour=colour)
+    lines = [f"{mark}  {problem.subject}  {problem.said}"]
+    if len(problem.subjects) > 1:
+        named = "  ".join(problem.subjects)
+        lines += wrap(named, LINE, initial_indent=INDENT, subsequent_indent=INDENT)
+    if check.threshold:
+        lines.append(f"{INDENT}{paint(f'rule: {check.threshold}', 'dim', colour=colour)}")
+    if check.remedy:
+        lines.append(f"{INDENT}→ {check.remedy}")
     return lines
 
 
 def gpu_row(gpu: GpuHealth) -> list[Cell]:
-    """A GPU's line: its verdict, and how many checks said what."""
+    """A GPU's line: its verdict, how many checks said what, and what it is."""
+    number = Counter(check.status for check in gpu.checks)
     return [
         Cell(str(gpu.address)),
         Cell(gpu.status.value, COLOUR[gpu.status]),
         Cell(gpu.driver or "–"),
-        Cell(counts(gpu.checks)),
-        Cell(gpu.name or "–"),
+        *(Cell(str(number[verdict] or "–")) for verdict in SEVEREST),
+        Cell(GpuName(gpu.name or "–", "").short),
     ]
 
 
-def counts(checks: Iterable[CheckResult]) -> str:
-    """``21 ok, 1 warn, 4 unsupported``."""
-    number = Counter(check.status for check in checks)
-    return ", ".join(
-        f"{number[verdict]} {verdict.value}" for verdict in SEVEREST if number[verdict]
-    )
-
-
-def check_lines(reports: Reports, *, colour: bool) -> list[str]:
+def check_lines(reports: Reports, *, colour: bool, width: int | None = None) -> list[str]:
     """Every check, a line each."""
     rows = [
         [
@@ -131,7 +199,7 @@ def check_lines(reports: Reports, *, colour: bool) -> list[str]:
         for subject, checks in subjects(reports)
         for check in checks
     ]
-    return table(["SUBJECT", "CHECK", "", "VALUE", "RULE"], rows, colour=colour)
+    return table(["SUBJECT", "CHECK", "", "VALUE", "RULE"], rows, colour=colour, width=width)
 
 
 def subjects(reports: Reports) -> Iterator[tuple[str, Sequence[CheckResult]]]:
@@ -155,7 +223,7 @@ def cluster_json(cluster: str, reports: Reports) -> dict[str, Any]:
 def health_json(report: HealthReport) -> dict[str, Any]:
     """``gpupt health --json``."""
     return {
-        "status": report.status.value,
+        "status": status_of(report).value,
         "gpus": [
             {
                 "address": str(gpu.address),
@@ -194,7 +262,7 @@ def nagios_line(reports: Reports) -> str:
     if not gpus and not wrong:
         said = "no GPU here"
     elif wrong:
-        said = "; ".join(f"{problem.subject} {problem.said}" for problem in wrong)
+        said = "; ".join(f"{problem.named} {problem.said}" for problem in wrong)
     elif status is Verdict.UNSUPPORTED:
         said = "nothing could be checked"
     else:
@@ -211,7 +279,12 @@ def performance(reports: Reports) -> Iterator[str]:
         for check in checks:
             if check.number is not None and check.unit:
                 unit = check.unit if check.unit in UNITS_OF_NAGIOS else ""
-                yield f"'{subject} {check.id}'={check.number:g}{unit}"
+                yield f"'{subject} {check.id}'={plain(check.number)}{unit}"
+
+
+def plain(number: float) -> str:
+    """The number with all its digits and no exponent, which Nagios does not read."""
+    return f"{number:.6f}".rstrip("0").rstrip(".")
 
 
 def prometheus_text(reports: Reports, *, seconds: float) -> str:
@@ -239,13 +312,12 @@ def prometheus_text(reports: Reports, *, seconds: float) -> str:
         "# TYPE gpupt_health_check gauge",
     ]
     values = []
-    for subject, checks in subjects(reports):
-        for check in checks:
-            names = labels(subject=subject, check=check.id)
-            lines.append(f"gpupt_health_check{names} {NAGIOS[check.status][1]}")
-            if check.number is not None:
-                more = labels(subject=subject, check=check.id, unit=check.unit)
-                values.append(f"gpupt_health_value{more} {check.number:g}")
+    for (subject, name), check in series(reports).items():
+        names = labels(subject=subject, check=name)
+        lines.append(f"gpupt_health_check{names} {NAGIOS[check.status][1]}")
+        if check.number is not None:
+            more = labels(subject=subject, check=name, unit=check.unit)
+            values.append(f"gpupt_health_value{more} {plain(check.number)}")
     lines += [
         "# HELP gpupt_health_value What a check measured, in its unit.",
         "# TYPE gpupt_health_value gauge",
@@ -258,6 +330,18 @@ def prometheus_text(reports: Reports, *, seconds: float) -> str:
         f"gpupt_health_time_seconds {seconds:.0f}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def series(reports: Reports) -> dict[tuple[str, str], CheckResult]:
+    """Each check by subject and name, the worst of two of one name: a file in which a series
+    stands twice is refused whole."""
+    found: dict[tuple[str, str], CheckResult] = {}
+    for subject, checks in subjects(reports):
+        for check in checks:
+            known = found.get((subject, check.id))
+            if known is None or worst((known.status, check.status)) is not known.status:
+                found[(subject, check.id)] = check
+    return found
 
 
 def labels(**given: str) -> str:
