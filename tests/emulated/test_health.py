@@ -125,7 +125,8 @@ def test_a_library_that_hangs_or_crashes_never_passes(host: Host, scenario: Scen
 
 # In a node: the image that it boots gets the library, as a roll of somebody's would bring it.
 
-STATE = f"{BENCH}/health"
+# QEMU runs as a user of its own, and passes through no home of root.
+STATE = "/var/lib/gpupt-ward"
 DISK = f"{STATE}/disk.qcow2"
 NODES = """\
 cluster: ward

@@ -230,7 +230,7 @@ def test_a_file_is_written_whole_or_not_at_all(
     assert [each.name for each in file.parent.iterdir()] == ["b.json"]
 
 
-@pytest.mark.parametrize("place", ["/dev/null", "/dev/stdout"])
+@pytest.mark.parametrize("place", ["/dev/null", "/dev/full"])
 def test_a_device_is_not_replaced_by_a_file(place: str) -> None:
     with pytest.raises(Failed, match="no regular file"):
         write_whole(Path(place), "text")
