@@ -83,9 +83,9 @@ def detach(
         chosen = wanted
         if everything:
             chosen, left = choose_all(host, loans=ledger.loans, preflight=preflight)
-            say_once(settings, said, (f"leaving {address}: {why}" for address, why in left))
             if not chosen:
                 raise none_left(left)
+            say_once(settings, said, (f"leaving {address}: {why}" for address, why in left))
         return plan_detach(
             host,
             gpus=chosen,

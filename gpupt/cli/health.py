@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 UNKNOWN = 3
 CONNECT_SECONDS = 30.0
 MOST_NODES = 32
+LOAD_SECONDS = 60.0
 LEAST_PERIOD = 1.0
 
 
@@ -62,12 +63,10 @@ class NagiosCommand(click.Command):
 @click.option(
     "--seconds",
     type=click.FloatRange(1, 3600),
-    default=60.0,
     help="How long --level long loads each card (60).",
 )
 @click.option(
     "--python",
-    default=sys.executable,
     metavar="PYTHON",
     help="The Python whose torch, jax, cupy or tensorflow --level long uses.",
 )
@@ -85,8 +84,8 @@ def health(
     prometheus: bool,
     output: str | None,
     level: str,
-    seconds: float,
-    python: str,
+    seconds: float | None,
+    python: str | None,
     record: bool,
     against: str | None,
     watch: float | None,
@@ -116,7 +115,7 @@ def health(
 
     try:
         require_one_output(settings, nagios=nagios, prometheus=prometheus, output=output)
-        load = Load(seconds, python) if level == "long" else None
+        load = load_of(level, seconds, python)
         look_once = (
             looker(settings, lending=lending, against=against, record=record, load=load)
             if name is None
@@ -154,6 +153,9 @@ def health(
     except (GpuptError, OSError) as error:
         # Nagios takes 1 for a warning and 2 for a failing card: this is neither.
         click.echo(f"gpupt: {error}", err=True)
+        if nagios:
+            # A plugin that says nothing on stdout is shown as one that says nothing.
+            click.echo(f"GPU UNKNOWN - {' '.join(str(error).split()).replace('|', '/')}")
         sys.exit(UNKNOWN)
     sys.exit(exit_code(reports))
 
@@ -174,6 +176,15 @@ class Load:
 
     seconds: float
     python: str
+
+
+def load_of(level: str, seconds: float | None, python: str | None) -> Load | None:
+    """How the cards are to be loaded, if they are; raises BadInput for what goes with it alone."""
+    if level == "long":
+        return Load(seconds or LOAD_SECONDS, python or sys.executable)
+    if seconds is not None or python is not None:
+        raise BadInput("--seconds and --python go with --level long")
+    return None
 
 
 def looker(
@@ -211,6 +222,8 @@ def looker(
         if record and silent_library(report):
             # The facts that it tells are most of a baseline, and the recorded ones still true.
             settings.say("gpupt: not recorded: NVIDIA's library does not answer")
+        elif record and not now.cards:
+            settings.say("gpupt: not recorded: no GPU answers")
         elif record:
             place = baseline_file(settings.state)
             write_baseline(place, now)
@@ -294,7 +307,7 @@ def require_watchable(settings: Settings, *, period: float, others: bool) -> Non
             remedy="leave it out, and run it from a timer",
         )
     if not period >= LEAST_PERIOD:
-        raise BadInput(f"--watch {period:g}: every {LEAST_PERIOD:g} s at most")
+        raise BadInput(f"--watch takes {LEAST_PERIOD:g} s or more")
 
 
 def watch_health(look_once: Callable[[], Reports], *, period: float, everything: bool) -> Reports:

@@ -50,7 +50,8 @@ Examples:
   gpupt down NAME                 the cluster gone, every GPU back on its driver
   gpupt lab demo                  all of it on an emulated host, with no GPU
 
-Exit status: 0 done or nothing to do, 1 failed, 2 bad usage or input, 3 refused by preflight.
+Exit status: 0 done or nothing to do, 1 failed, 2 bad usage or input, 3 refused by preflight,
+130 ended by Ctrl-C.  `health` speaks Nagios: 0 OK, 1 WARNING, 2 CRITICAL, 3 UNKNOWN.
 """
 
 

@@ -23,7 +23,7 @@ from gpupt.decide.holding import holder_line, way_to_stop
 from gpupt.decide.persistence import persisting, unpersisting
 from gpupt.decide.viability import Preflight, assess_lending, closure, moved_functions
 from gpupt.errors import BadInput, Refused
-from gpupt.model.gpus import VFIO, identity_of
+from gpupt.model.gpus import VFIO, fence_of, identity_of
 from gpupt.model.host import (
     Attribute,
     Display,
@@ -62,7 +62,7 @@ def plan_detach(
         for reason in assess_lending(host, gpu, loans=loans, preflight=preflight)
     ]
     if reasons:
-        names = " ".join(str(gpu.address) for gpu in wanted)
+        names = " ".join(dict.fromkeys(reason.subject for reason in reasons))
         raise Refused(
             f"{names} cannot be detached: {reasons[0].brief}",
             details=tuple(
@@ -173,7 +173,7 @@ def plan_attach(
     returning = []
     for address in sorted(set(gpus)):
         if address not in loans:
-            gpu_at(host, address)
+            require_at_home(gpu_at(host, address))
         else:
             returning.append(require_returnable(host, loans[address]))
             require_unheld(loans[address], holders or {})
@@ -243,6 +243,21 @@ def require_returnable(host: Host, loan: Loan) -> Loan:
             remedy="put the card back into its slot; or gpupt recover, which forgets its loan",
         )
     return loan
+
+
+def require_at_home(gpu: Gpu) -> None:
+    """Raise Refused for a GPU that is on vfio-pci and that no loan knows: where it came from is
+    not on record."""
+    if gpu.device.binding.driver != VFIO:
+        return
+    override = gpu.device.binding.override
+    raise Refused(
+        f"{gpu.address} is on {VFIO} by no loan of gpupt's",
+        details=f"driver_override is {override or 'not set'}; no record says where it came from",
+        remedy="gpupt recover clears an override that nothing explains"
+        if override
+        else "it was bound at boot (vfio-pci.ids=), or by hand: undo that",
+    )
 
 
 def require_unheld(loan: Loan, holders: Mapping[PciAddress, tuple[Holder, ...]]) -> None:
@@ -334,14 +349,22 @@ def plan_fence(
     actions = [
         FenceGpu(
             gpu.address,
-            Fence(gpu.address, identity_of(gpu.device), reason, since),
+            Fence(gpu.address, identity_of(gpu.device), reason, since, earlier(fences, gpu)),
             fences.get(gpu.address),
-            why=reason,
+            why=reason if gpu.address not in fences else f"{reason} (adds to the fence there is)",
         )
         for gpu in wanted
         if gpu.address not in fences or fences[gpu.address].reason != reason
     ]
     return Plan("fence", " ".join(str(gpu.address) for gpu in wanted), tuple(actions))
+
+
+def earlier(fences: Fences, gpu: Gpu) -> tuple[str, ...]:
+    """What an earlier fence of the card says, for the one that takes its place."""
+    fence = fence_of(gpu.device, fences)
+    if fence is None:
+        return ()
+    return tuple(dict.fromkeys((*fence.evidence, f"since {fence.since}: {fence.reason}")))
 
 
 def plan_unfence(host: Host, *, gpus: Sequence[PciAddress], fences: Fences) -> Plan:

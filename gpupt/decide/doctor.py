@@ -44,6 +44,7 @@ CHECKS: Mapping[str, Check] = {
     "kvm-unusable": machine.kvm_unusable,
     "libvirt-unreachable": machine.libvirt_unreachable,
     "lost-device": cards.lost_device,
+    "fenced": cards.fenced,
     "sriov-active": cards.sriov_active,
     "guest-bar-window": guests.guest_bar_window,
     "slow-bar-map": guests.slow_bar_map,

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 from gpupt.actions import Ledger
 from gpupt.decide.holding import holder_line, way_to_stop
-from gpupt.decide.viability import HARMLESS, about_virtual, closure, is_endpoint
+from gpupt.decide.viability import HARMLESS, about_fence, about_virtual, closure, is_endpoint
 from gpupt.model.facts import HostFacts
-from gpupt.model.gpus import NVIDIA, state_of
+from gpupt.model.gpus import NVIDIA, fence_of, state_of
 from gpupt.model.host import Critical, Finding, Gpu, GpuState, Host, Severity
 
 AMD = 0x1002
@@ -341,6 +341,14 @@ def lost_device(host: Host, ledger: Ledger, facts: HostFacts) -> Iterator[Findin
                     ("its config space reads all ones",),
                     "power the machine off and on again; a warm reboot is often not enough",
                 )
+
+
+def fenced(host: Host, ledger: Ledger, facts: HostFacts) -> Iterator[Finding]:
+    """A GPU is lent to nobody, for a reason that is on record."""
+    for gpu in host.gpus:
+        fence = fence_of(gpu.device, ledger.fences)
+        if fence is not None:
+            yield replace(about_fence(gpu, fence), severity=Severity.WARN)
 
 
 def sriov_active(host: Host, ledger: Ledger, facts: HostFacts) -> Iterator[Finding]:

@@ -29,8 +29,13 @@ def iommu_off(host: Host, ledger: Ledger, facts: HostFacts) -> Iterator[Finding]
             "/sys/kernel/iommu_groups is empty (the kernel's line `IOMMU enabled` proves nothing)",
             f"kernel command line: {host.kernel_cmdline or '(not readable)'}",
         ),
-        "enable VT-d or AMD-Vi (Arm: SMMU) in the firmware; on Intel with a kernel before 6.8 "
-        "add intel_iommu=on to the kernel command line; reboot",
+        "enable VT-d or AMD-Vi (Arm: SMMU) in the firmware; "
+        + (
+            "on Intel with a kernel before 6.8 add intel_iommu=on to the kernel command line "
+            "(gpupt host prepare does); reboot"
+            if "intel_iommu=on" not in host.kernel_cmdline
+            else "the kernel command line asks for it already; reboot"
+        ),
     )
 
 

@@ -90,7 +90,12 @@ CHECKS: Mapping[str, Rule] = {
 }
 # What no reading decides, and who finds it out.
 ELSEWHERE: Mapping[str, str] = {
-    "bandwidth": "copies between host and GPU, measured in the guest that has the card",
+    "burn_in": "`--level long`: the card, or its driver, does not bear the load: fail",
+    "bandwidth": "`--level long`: copies between host and GPU below the model's figure: fail",
+    "memory_pattern": "`--level long`: patterns come back otherwise than written: fail",
+    "matrix": "`--level long`: a product of matrices is wrong: fail",
+    "burn_heat": "`--level long`: temperature and clocks under load, as `temperature` and "
+    "`clock_events`",
 }
 OF_CARD: Mapping[str, CardCheck] = {
     "driver": modes.driver,

@@ -76,7 +76,7 @@ def remedy_for(silence: Silence, address: PciAddress) -> str:
     return {
         Silence.UNSUPPORTED: "",
         Silence.DENIED: "run as root",
-        Silence.LOST: "systemctl reboot; when it comes back: reseat the card",
+        Silence.LOST: "power the machine off and on again; a warm reboot is often not enough",
         Silence.NEEDS_RESET: f"end what uses it; {reset_command(address)}",
         Silence.TIMEOUT: "journalctl -k -b -g Xid; systemctl reboot if it stays",
         Silence.CRASHED: "install the library of the driver's own version "

@@ -54,7 +54,7 @@ def gpu_count(machine: Machine) -> CheckResult | None:
 
 _REMEDIES = {
     # The card came to the driver since: a second look asks.
-    Library.UNASKED: "gpupt health",
+    Library.UNASKED: "gpupt health, on the machine itself",
     Library.ABSENT: "install NVIDIA's libraries of the driver's version "
     "(Debian: apt install nvidia-smi libnvidia-ml1)",
     Library.MISMATCH: "end what uses the GPUs; "
@@ -80,8 +80,18 @@ def nvml(machine: Machine) -> CheckResult | None:
         for gpu in machine.host.gpus
         if gpu.device.id.vendor == NVIDIA and gpu.device.binding.driver == "nvidia"
     ]
-    if driver.library is Library.UNASKED:
+    if driver.library is Library.UNASKED and not in_need:
         return unsupported(check, f"NVML was not asked: {driver.details}")
+    if driver.library is Library.UNASKED:
+        # Of a recorded machine: what sysfs says of a card is little of its health.
+        return CheckResult(
+            check,
+            Verdict.WARN,
+            f"NVML was not asked ({driver.details}): {len(in_need)} cards are hardly judged",
+            value=str(driver.library),
+            threshold=str(Library.ANSWERED),
+            remedy=_REMEDIES[driver.library],
+        )
     words = f"NVML is {driver.library}" + (f": {driver.details}" if driver.details else "")
     if not in_need:
         return unsupported(check, f"no card is on NVIDIA's driver; {words}")

@@ -69,7 +69,9 @@ def assess_lending(
     functions = [host.devices[address] for address in closure(host, gpu)]
     fence = fence_of(gpu.device, preflight.fences)
     if fence is not None:
-        return (about_fence(gpu, fence),)
+        standing = loans.get(gpu.address)
+        before = () if standing is None else tuple(standing_loan(host, gpu, standing))
+        return (*before, about_fence(gpu, fence))
     loan = loans.get(gpu.address)
     if loan is not None:
         lent = list(standing_loan(host, gpu, loan))
@@ -122,8 +124,8 @@ def about_fence(gpu: Gpu, fence: Fence) -> Finding:
         "fenced",
         gpu,
         f"it is fenced: {fence.reason}",
-        *(fence.evidence or (fence.reason,)),
-        f"fenced since {fence.since}",
+        *fence.evidence,
+        f"fenced since {fence.since}: {fence.reason}",
         remedy=f"mend or replace it; gpupt unfence {gpu.address} then lets it be lent again",
     )
 

@@ -141,7 +141,7 @@ def remedy_of(action: Action, address: PciAddress) -> str:
         Action.RESET_GPU: f"end what uses it; {reset_command(address)}",
         Action.WORKFLOW: f"{reset_command(address)}; dcgmi diag -r 3; then as "
         "docs.nvidia.com/deploy/xid-errors says of this number",
-        Action.RESTART_HOST: "systemctl reboot; when it comes back: reseat the card, and check "
+        Action.RESTART_HOST: "power the machine off and on; if it stays, reseat the card and check "
         "its power",
         Action.RESTART_VM: "restart the guest that has it: gpupt down and up of its cluster",
         Action.POWER_CABLE: "systemctl poweroff, and seat the card's power cables",

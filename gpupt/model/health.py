@@ -31,7 +31,8 @@ class Silence(StrEnum):
 
 
 class Library(StrEnum):
-    """What became of NVIDIA's management library as a whole; UNASKED: there was no reason to."""
+    """What became of NVIDIA's management library as a whole; UNASKED: it was not
+    to be asked, or there was no reason to."""
 
     UNASKED = "unasked"
     ANSWERED = "answered"

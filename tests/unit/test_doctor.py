@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from gpupt.edges.sysfs import read_host
 from gpupt.errors import Failed, GpuptError
 from gpupt.model.facts import Guest, GuestFunction, MemoryLimits
 from gpupt.model.gpus import identity_of
-from gpupt.model.host import Finding, FunctionOrigin, Host, Loan
+from gpupt.model.host import Fence, Finding, FunctionOrigin, Host, Loan
 from gpupt.model.pci import PciAddress, PciId
 
 GPU = "0000:01:00.0"
@@ -74,6 +75,13 @@ def on_loan(host: Host, *, was: PciId | None = None) -> Ledger:
         identity = replace(identity, id=was)
     loan = Loan(device.address, (FunctionOrigin(device.address, identity, device.binding),))
     return Ledger({loan.gpu: loan})
+
+
+def fenced(host: Host, *, other: bool = False) -> Ledger:
+    identity = identity_of(host.devices[at(GPU)])
+    if other:
+        identity = replace(identity, id=PciId(0x10DE, 0x20B5))
+    return Ledger(fences={at(GPU): Fence(at(GPU), identity, "rma", "2026-01-01T00:00:00+00:00")})
 
 
 def cut_short(host: Host) -> Ledger:
@@ -358,6 +366,10 @@ CASES: dict[str, list[tuple[Machine, Machine]]] = {
     "lost-device": [
         (Machine([card(lost=True)]), Machine()),
         (Machine([card(), replace(SOUND, lost=True)]), Machine([card(), SOUND])),
+    ],
+    "fenced": [
+        # Another card is in the slot by now.
+        (Machine([card()], ledger=fenced), Machine([card()], ledger=partial(fenced, other=True)))
     ],
     "sriov-active": [
         (
