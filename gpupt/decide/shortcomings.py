@@ -79,7 +79,8 @@ def iommu(host: Host, *, facts: PreparationFacts) -> Iterator[Finding]:
         evidence.append(line)
         remedy = "take that out where you put it; gpupt takes out no word that it did not write"
     else:
-        brief = "there are no IOMMU groups, and the kernel command line is not why"
+        why = "is not why" if host.kernel_cmdline else "could not be read"
+        brief = f"there are no IOMMU groups, and the kernel command line {why}"
         evidence.append(line)
         if facts.tables is None:
             evidence.append("/sys/firmware/acpi/tables is not there, so the firmware is not known")
