@@ -17,6 +17,7 @@ from gpupt.actions import (
     JournalEntry,
     Plan,
     ResetGpu,
+    SetAttribute,
     subject_of,
 )
 from gpupt.apply import host
@@ -25,6 +26,9 @@ from gpupt.apply.world import World
 from gpupt.decide.inverse import FORWARD
 from gpupt.errors import Failed, GpuptError, Refused
 from gpupt.model.pci import DriverBinding
+
+# What may fail on the way home without keeping the rest from it.
+TOLERATED = (BindFunction, EraseLoan, ResetGpu, CheckGpu, SetAttribute)
 
 
 def execute(plan: Plan, *, world: World) -> None:
@@ -116,7 +120,7 @@ def go_home(
         except GpuptError as error:
             errors.append(error)
             # Nothing is taken from a node that could not be stopped.
-            if not isinstance(action, BindFunction | EraseLoan | ResetGpu | CheckGpu):
+            if not isinstance(action, TOLERATED):
                 raise
 
     try:

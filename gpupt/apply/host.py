@@ -36,7 +36,7 @@ from gpupt.decide.nodehealth import accusing
 from gpupt.edges.bootrules import remove_rule, write_rule
 from gpupt.edges.kernel import Kernel, Unsupported
 from gpupt.errors import DeadlineExceeded, Failed, GpuptError
-from gpupt.model.gpus import is_another_card
+from gpupt.model.gpus import VFIO, is_another_card
 from gpupt.model.health import CheckResult, Verdict
 from gpupt.model.host import Attribute, Fence, Loan
 from gpupt.model.pci import DriverBinding, PciAddress
@@ -119,6 +119,12 @@ def undo(action: Action, prior: DriverBinding | None, world: World) -> None:
         world.narrate(f"{back.address} has fallen off the bus: left alone, and kept on loan")
     elif isinstance(back, EraseLoan) and lost_functions(back.gpu, world):
         world.narrate(f"{back.gpu} stays on loan until it answers again; then gpupt attach")
+    elif isinstance(back, SetAttribute):
+        # A console that does not come back keeps no run unfinished.
+        try:
+            perform(back, world)
+        except Failed as error:
+            world.narrate(f"not as it was: {error.brief}")
     elif back is not None:
         perform(back, world)
 
@@ -187,6 +193,10 @@ def reset_gpu(gpu: PciAddress, world: World) -> None:
     kernel = world.kernel
     if not kernel.present(gpu) or holds_another_card(gpu, world):
         world.narrate(f"{gpu} is gone, or another card by now: not reset")
+        return
+    if kernel.binding(gpu).driver != VFIO or kernel.holders(gpu):
+        # After a reboot the host's driver has it, and may be at work; or another guest has.
+        world.narrate(f"{gpu} is in other hands by now: not reset")
         return
     try:
         require_answering(gpu, kernel)
@@ -275,7 +285,8 @@ def erase_loan(gpu: PciAddress, world: World) -> None:
         astray += [
             f"/{was.path} is {held}, was {was.value}"
             for was in origin.attributes
-            if (held := world.kernel.attribute(was.path)) not in {None, was.value}
+            if not was.path.startswith("sys/class/vtconsole/")
+            and (held := world.kernel.attribute(was.path)) not in {None, was.value}
         ]
     if astray:
         raise Failed(

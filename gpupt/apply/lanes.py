@@ -6,10 +6,14 @@ another in a lane; lanes have no IOMMU group and no slot in common.
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import groupby
 from threading import Event
+from types import FrameType
 from typing import TypeAlias
 
 from gpupt.actions import Action, BindFunction
@@ -60,10 +64,30 @@ def run_lanes(lanes: Sequence[Lane], perform_step: Callable[[int, Action], None]
                 stop.set()
                 raise
 
-    with ThreadPoolExecutor(max_workers=min(len(lanes), MOST_LANES)) as pool:
-        try:
-            for future in [pool.submit(work, lane) for lane in lanes]:
-                future.result()
-        except BaseException:
-            stop.set()
-            raise
+    with interrupts_later(stop), ThreadPoolExecutor(min(len(lanes), MOST_LANES)) as pool:
+        for future in [pool.submit(work, lane) for lane in lanes]:
+            future.result()
+
+
+@contextmanager
+def interrupts_later(stop: Event) -> Iterator[None]:
+    """Ctrl-C and SIGTERM, however often they come, set ``stop`` and are raised at the end: what
+    undoes would else run beside a step that is still at work."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        came.append(number)
+        stop.set()
+
+    heard = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, note) for number in heard}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if came:
+        raise KeyboardInterrupt

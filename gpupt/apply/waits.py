@@ -106,14 +106,14 @@ def require_well(
     deadline = HEALTH_SECONDS * (SLOW_FACTOR if ours.slow else 1)
     report = ask_node(ssh, state=ours.state, lending=True, deadline=deadline)
     wrong = in_the_node(report, action.placement)
-    accused = accusing(check for _, check in wrong)
-    for gpu, check in wrong:
-        if check in accused:
-            fence(gpu, check)
+    at_fault = accusing(check for _, check in wrong)
+    accused = [(gpu, check) for gpu, check in wrong if gpu is not None and check in at_fault]
+    for gpu, check in accused:
+        fence(gpu, check)
     if wrong:
         raise Failed(
             f"a GPU of {node} is not well: {wrong[0][1].brief}",
-            details=tuple(f"{gpu}: {check.id}: {check.brief}" for gpu, check in wrong),
+            details=tuple(f"{gpu or node}: {check.id}: {check.brief}" for gpu, check in wrong),
             remedy="it is fenced: up again gives the node another one, if any is free"
             if accused
             else wrong[0][1].remedy,

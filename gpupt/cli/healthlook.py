@@ -24,6 +24,8 @@ from gpupt.model.pci import PciAddress
 # A driver that is well answers in a fraction of it; without persistence mode it first wakes
 # each card, which takes seconds a card.
 NVML_SECONDS = 30.0
+# Without persistence mode a driver wakes each card first, and may do so one by one.
+CARD_SECONDS = 4.0
 LOG_SECONDS = 10.0
 # Where distributions and NVIDIA's own packages put it.
 LIBRARY = "libnvidia-ml.so.1"
@@ -91,6 +93,15 @@ def gate(
     """
     report = look(settings, lending=lending, only=gpus).report
     failed = tuple(c for c in report.machine if c.id == "nvml" and c.status is Verdict.FAIL)
+    if any(check.value == Library.ABSENT for check in failed):
+        # A host may have the driver alone: its cards are judged by sysfs and the log then.
+        settings.say(
+            "NVIDIA's library is not installed: what only it knows of cards is not checked"
+        )
+        return {
+            gpu.address: replace(gpu, checks=tuple(c for c in gpu.checks if c.id != "driver"))
+            for gpu in report.gpus
+        }
     return {
         gpu.address: replace(gpu, checks=(*gpu.checks, *failed)) if gpu.driver == "nvidia" else gpu
         for gpu in report.gpus
@@ -106,9 +117,9 @@ def ask_driver(settings: Settings, host: Host) -> DriverReading:
         return DriverReading(Library.UNASKED, "no card is on NVIDIA's driver")
     from gpupt.edges.nvml import read_driver
 
-    return read_driver(
-        [gpu.address for gpu in cards], deadline=NVML_SECONDS, samples_apart=SAMPLES_APART
-    )
+    addresses = [gpu.address for gpu in cards]
+    deadline = NVML_SECONDS + CARD_SECONDS * len(cards)
+    return read_driver(addresses, deadline=deadline, samples_apart=SAMPLES_APART)
 
 
 def library_there() -> bool:

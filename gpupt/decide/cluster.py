@@ -145,7 +145,9 @@ def plan_down(
             actions.append(ReturnGpu(gpu, why=why, cluster=None if stays else cluster))
     for gpu, loan in lent.items():
         had = loan.node is not None or not keep_detached
-        if had and not moved_functions(around.host, loan):
+        device = around.host.devices.get(gpu)
+        away = device is not None and device.binding.driver == VFIO
+        if had and away and not moved_functions(around.host, loan):
             actions.append(ResetGpu(gpu, why="a guest had it: reset, and see that it answers"))
     findings: list[Finding] = []
     if not keep_detached:

@@ -172,6 +172,7 @@ def judge(
             lost=tuple(
                 address for address in (gpu.address, *gpu.companions) if host.devices[address].lost
             ),
+            locked=any(host.devices[each].locked for each in (gpu.address, *gpu.companions)),
             asked=driver.library is not Library.UNASKED,
         )
         judged.append(judge_card(case))

@@ -21,7 +21,8 @@ class Case:
     """One card: what sysfs, the driver and the kernel's log say of it, and the measure.
 
     No ``reading``: NVML was not asked for it, and ``unasked`` says why.  ``port`` is the port
-    above it where that is known; ``lost`` are functions of the card that read all ones.
+    above it where that is known; ``lost`` are functions of the card that read all ones,
+    ``locked`` that the kernel holds one in an unbind or a reset.
     """
 
     gpu: Gpu
@@ -34,6 +35,7 @@ class Case:
     lending: bool
     port: PciDevice | None = None
     lost: tuple[PciAddress, ...] = ()
+    locked: bool = False
     # Whether NVML was asked at all: of a recorded machine it cannot be.
     asked: bool = True
 

@@ -157,15 +157,18 @@ def nvlink(case: Case) -> CheckResult | None:
 
 
 def expected_links(case: Case, links: tuple[NvLink, ...]) -> int | None:
-    """How many links are to be up: as its owner says; all of a module on a baseboard (SXM), and
-    of a card in a fabric; None for a card that a bridge may join to others or not."""
+    """How many links are to be up: as its owner says; all of a module on a baseboard (SXM) that
+    has some, and of a card in a whole fabric; None for one that may have none."""
     if case.wanted.nvlinks is not None:
         return case.wanted.nvlinks
     reading = case.reading
     if reading is None:
         return None
-    in_fabric = reading.fabric is not None and reading.fabric.state != 0
-    return len(links) if in_fabric or "SXM" in (reading.name or "") else None
+    found = reading.fabric
+    whole = found is not None and found.state == COMPLETED and found.status == 0
+    # A card that a guest has alone, without its switches or its neighbours, has no link up.
+    lone = not any(link.active for link in links)
+    return len(links) if whole or ("SXM" in (reading.name or "") and not lone) else None
 
 
 def numbers_down(links: tuple[NvLink, ...]) -> str:

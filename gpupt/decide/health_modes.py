@@ -48,6 +48,12 @@ def gpu_lost(case: Case) -> CheckResult | None:
             check, Verdict.FAIL, f"config space reads all ones: {named}", value="lost",
             remedy=remedy, number=1,
         )  # fmt: skip
+    if case.locked:
+        return CheckResult(
+            check, Verdict.FAIL, "the kernel keeps it locked: an unbind or a reset did not end",
+            value="locked", remedy="gpupt doctor names what holds it; a reboot may be needed",
+            number=1,
+        )  # fmt: skip
     reading = case.reading
     if reading is not None:
         said = set(reading.silent.values())

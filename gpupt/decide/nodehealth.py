@@ -24,20 +24,22 @@ def hosts_of(report: HealthReport, placement: Placement) -> dict[PciAddress, Pci
 
 def in_the_node(
     report: HealthReport, placement: Placement
-) -> tuple[tuple[PciAddress, CheckResult], ...]:
-    """Each check that fails in the node, with the host's address of the GPU.
+) -> tuple[tuple[PciAddress | None, CheckResult], ...]:
+    """Each check that keeps the node back, with the host's address of the GPU that it accuses.
 
-    What fails and is of no card, and cards that cannot be told apart, are of all its GPUs.
-    Who works on a card of a node is the node's affair.
+    None: it is of no card, or of one that cannot be told from the others.  NVIDIA's library is
+    in the node, so one that does not answer there keeps it back too.  Who works on a card of a
+    node is the node's affair.
     """
     report = counted(report, placement)
     hosts = hosts_of(report, placement)
-    everywhere = tuple(card.gpu for card in placement.cards)
-    found = []
+    found: list[tuple[PciAddress | None, CheckResult]] = []
     for gpu in report.gpus:
-        whose = (hosts[gpu.address],) if gpu.address in hosts else everywhere
-        found += [(at, check) for check in gpu.checks if keeps_back(check) for at in whose]
-    found += [(at, check) for check in report.machine if keeps_back(check) for at in everywhere]
+        at = hosts.get(gpu.address)
+        found += [(at, check) for check in gpu.checks if keeps_back(check)]
+    for check in report.machine:
+        if keeps_back(check) or (check.id == "nvml" and check.status is not Verdict.OK):
+            found.append((None, check))
     return tuple(found)
 
 

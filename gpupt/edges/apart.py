@@ -38,7 +38,10 @@ def read_apart(
         child = os.fork()
     if child == 0:
         try:
-            os.close(ours)
+            # Nothing of the parent's stays open in a child that may never end: least of all the
+            # lock of its state folder.
+            os.closerange(3, theirs)
+            os.closerange(theirs + 1, os.sysconf("SC_OPEN_MAX"))
             tell(paths, theirs, read or first_bytes)
         finally:
             os._exit(0)

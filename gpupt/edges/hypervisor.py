@@ -63,8 +63,9 @@ def what_to_do(uri: str) -> str:
 class Hypervisor:
     """One connection to libvirt."""
 
-    def __init__(self, connection: Any, *, uri: str) -> None:
+    def __init__(self, connection: Any, *, uri: str, patience: float = CALL_SECONDS) -> None:
         self._connection = connection
+        self.patience = patience
         self._late: threading.Thread | None = None
         self.uri = uri
 
@@ -102,7 +103,7 @@ class Hypervisor:
                 details=error.details,
                 remedy=remedy,
             ) from None
-        return cls(connection, uri=uri)
+        return cls(connection, uri=uri, patience=min(deadline, CALL_SECONDS) * 2)
 
     def close(self) -> None:
         """End the connection."""
@@ -290,7 +291,7 @@ class Hypervisor:
         )
 
     def _call(
-        self, what: str, function: Callable[[], Answer], *, deadline: float = CALL_SECONDS
+        self, what: str, function: Callable[[], Answer], *, deadline: float | None = None
     ) -> Answer:
         """The answer of one call to libvirt; raises Absent, Failed, DeadlineExceeded.
 
@@ -299,6 +300,7 @@ class Hypervisor:
         """
         import libvirt
 
+        deadline = self.patience if deadline is None else deadline
         if self._late is not None:
             self._late.join(deadline)
             if self._late.is_alive():

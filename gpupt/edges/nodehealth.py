@@ -38,6 +38,8 @@ UNPACK = (
     'base64 -d | tar -xzf - -C "$1" --no-same-owner; touch "$1/whole"'
 )
 SECONDS = 120.0
+# Characters of a text, and of a name, that a node may say.
+LONGEST, LONGEST_ID = 400, 40
 # `gpupt health` says with 0 to 3 how the cards are; any other status, it did not run.
 ANSWERS = range(4)
 
@@ -124,10 +126,11 @@ def parse_report(done: Completed, *, node: str) -> HealthReport:
             machine=tuple(read_check(check) for check in told["machine"]),
         )
     except (ValueError, KeyError, TypeError, AttributeError, BadInput) as error:
-        said = (done.stderr.strip() or done.stdout.strip()).splitlines()[-8:]
+        lines = (done.stderr.strip() or done.stdout.strip()).splitlines()[-8:]
+        said = [harmless(line) for line in lines]
         raise Failed(
             f"{node} did not say how its GPUs are",
-            details=(f"{type(error).__name__}: {error}", *said),
+            details=(harmless(f"{type(error).__name__}: {error}"), *said),
             remedy="the node needs Python 3.11 or later: python3 --version",
         ) from None
 
@@ -138,19 +141,24 @@ def read_check(told: dict[str, Any]) -> CheckResult:
     if number is not None and not math.isfinite(number):
         raise ValueError(f"{number} is no quantity")
     return CheckResult(
-        id=str(told["id"]),
+        id=harmless(str(told["id"]))[:LONGEST_ID],
         status=Verdict(told["status"]),
-        brief=str(told["brief"]),
+        brief=harmless(str(told["brief"])),
         value=text_of(told["value"]),
         threshold=text_of(told["threshold"]),
-        remedy=str(told["remedy"]),
+        remedy=harmless(str(told["remedy"])),
         number=number,
-        unit=str(told["unit"]),
+        unit=harmless(str(told["unit"]))[:LONGEST_ID],
     )
+
+
+def harmless(text: str) -> str:
+    """Text that a node made up, fit for the terminal of the host's root and for its records."""
+    return "".join(each if each.isprintable() else "?" for each in text)[:LONGEST]
 
 
 def text_of(value: object) -> str | None:
     """A text that may be lacking; raises TypeError."""
     if value is None or isinstance(value, str):
-        return value
+        return None if value is None else harmless(value)
     raise TypeError(f"{value!r} is no text")

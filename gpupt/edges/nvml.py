@@ -262,7 +262,8 @@ def ask_about(nvml: Any, voice: Voice, *, samples_apart: float) -> None:
     if card is None:
         voice.send("unknown")
     elif isinstance(card, Silence):
-        voice.say("handle", card)
+        # A card whose very hold is not supported is not one that is well.
+        voice.say("handle", Silence.ERROR if card is Silence.UNSUPPORTED else card)
     else:
         voice.say("handle", True)
         ask_card(nvml, card, voice.say, samples_apart=samples_apart)

@@ -17,7 +17,7 @@ from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
 
-from gpupt.edges.apart import read_apart
+from gpupt.edges.apart import DEADLINE, read_apart
 from gpupt.errors import BadInput
 from gpupt.model.gpus import find_gpus, is_gpu_class
 from gpupt.model.host import Critical, Host
@@ -46,6 +46,8 @@ IORESOURCE_MEM_64 = 0x100000
 IORESOURCE_UNSET = 0x20000000
 RESOURCE_ROWS_OF_BARS = 6
 MOST_LANES = 32
+# A machine that answered for one card answers for the next at once.
+NEXT_DEADLINE = 1.0
 # Shown under the device's lock, or not while it is reset.
 LOCKED = ("driver_override", "sriov_numvfs", "config")
 
@@ -173,7 +175,15 @@ class Reader:
             # A card that sleeps is not woken to be asked.
             if name != "config" or not self.asleep(f"sys/bus/pci/devices/{address}")
         }
-        told = read_apart([self.root + path for path in paths])
+        told: dict[str, bytes | OSError] = {}
+        left = list(paths)
+        deadline = DEADLINE
+        while left:
+            told |= read_apart([self.root + path for path in left], deadline=deadline)
+            unread = [path for path in left if self.root + path not in told]
+            # The first of them is locked, and kept the child from all that come after it.
+            left = [path for path in unread if paths[path] != paths[unread[0]]]
+            deadline = NEXT_DEADLINE
         for path, address in paths.items():
             data = told.get(self.root + path)
             self.foreseen[path] = data if isinstance(data, bytes) else None

@@ -70,6 +70,24 @@ def test_one_that_never_answers_ends_the_wait_and_not_the_answers_before_it(
     assert children() == before
 
 
+def test_a_child_that_may_never_end_holds_nothing_of_ours_open(tmp_path: Path) -> None:
+    """Least of all the lock of the state folder, which would keep every later verb out."""
+    lock = os.open(tmp_path / "lock", os.O_RDWR | os.O_CREAT)
+    seen = tmp_path / "seen"
+
+    def look(_path: str) -> bytes:
+        open_there = sorted(int(name) for name in os.listdir("/proc/self/fd"))
+        seen.write_text(repr([each for each in open_there if each > 2]))
+        return b""
+
+    assert read_apart(["x"], read=look) == {"x": b""}
+    kept = [int(word) for word in seen.read_text().strip("[]").split(",")]
+    assert lock not in kept
+    # The pipe, and the folder that was listed.
+    assert len(kept) <= 2
+    os.close(lock)
+
+
 def stuck_at(monkeypatch: pytest.MonkeyPatch, machine: Path, address: PciAddress) -> None:
     """Let the machine be the live one, with a function that the kernel keeps locked."""
 
@@ -79,7 +97,7 @@ def stuck_at(monkeypatch: pytest.MonkeyPatch, machine: Path, address: PciAddress
         return Path(path).read_bytes()
 
     monkeypatch.setattr(
-        sysfs, "read_apart", lambda paths: read_apart(paths, deadline=0.3, read=read)
+        sysfs, "read_apart", lambda paths, deadline: read_apart(paths, deadline=0.3, read=read)
     )
     whole = Reader.__init__
 
@@ -90,13 +108,17 @@ def stuck_at(monkeypatch: pytest.MonkeyPatch, machine: Path, address: PciAddress
     monkeypatch.setattr(Reader, "__init__", live)
 
 
+@pytest.mark.parametrize("stuck", [GPU, OTHER])
 def test_a_locked_card_is_named_and_not_lent(
-    monkeypatch: pytest.MonkeyPatch, machine: Path
+    monkeypatch: pytest.MonkeyPatch, machine: Path, stuck: PciAddress
 ) -> None:
-    stuck_at(monkeypatch, machine, OTHER)
+    """Whether it stands first or last: the others are read all the same."""
+    before = read_host(machine)
+    stuck_at(monkeypatch, machine, stuck)
     host = read_host(machine)
-    whole, locked = (host.devices[each] for each in (GPU, OTHER))
-    assert (whole.locked, whole.binding.override) == (False, "vfio-pci")
+    other = OTHER if stuck == GPU else GPU
+    whole, locked = (host.devices[each] for each in (other, stuck))
+    assert whole == before.devices[other]
     assert (locked.locked, locked.binding.override) == (True, None)
     assert any("the kernel keeps it locked" in line for line in host.unreadable)
     reasons = {
@@ -105,7 +127,7 @@ def test_a_locked_card_is_named_and_not_lent(
         ]
         for gpu in host.gpus
     }
-    assert reasons == {GPU: [], OTHER: ["unbind-stuck"]}
+    assert reasons == {other: [], stuck: ["unbind-stuck"]}
 
 
 def test_a_machine_that_answers_is_read_as_before(

@@ -15,7 +15,7 @@ from clusters import BARE, GPU, SOUND, domain_of, node, spec_of, two_gpus, whole
 from fakekernel import FakeKernel, Fault
 from machines import emulated_host
 
-from gpupt.actions import FenceGpu, JournalEntry, Plan, UnfenceGpu
+from gpupt.actions import FenceGpu, JournalEntry, Plan, ResetGpu, UnfenceGpu
 from gpupt.apply.execute import execute
 from gpupt.apply.world import World
 from gpupt.cli.context import Settings
@@ -28,7 +28,7 @@ from gpupt.edges.journal import Journal, read_ledger
 from gpupt.edges.sysfs import read_host
 from gpupt.errors import Failed, GpuptError, Refused
 from gpupt.model.gpus import identity_of
-from gpupt.model.host import Fence
+from gpupt.model.host import Fence, Holder
 from gpupt.model.pci import DriverBinding, PciAddress, PciId
 
 NODES = {BARE: "compute-0", GPU: "compute-1"}
@@ -81,6 +81,31 @@ def test_what_a_guest_had_is_reset_and_given_back(live: Settings, kernel: FakeKe
     assert kernel.writes[0][0].endswith("/reset")
     assert read_host(kernel.root, whole=True).devices == before
     assert read_ledger(live.state).fences == {}
+
+
+def test_what_the_host_or_another_guest_has_by_now_is_not_reset(
+    live: Settings, kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reboot gives the cards to the host's drivers, which work with them: a loan is no leave."""
+    lend(live, kernel)
+    for address, driver in ((GPU, "bochs-drm"), (SOUND, "snd_hda_intel")):
+        kernel.set_override(address, None)
+        kernel.unbind(address, "vfio-pci")
+        kernel.bind(address, driver)
+    kernel.writes.clear()
+    assert down(live).exit_code == 0
+    assert resets(kernel) == [f"/sys/bus/pci/devices/{BARE}/reset"]
+    # Opened by another guest after the plan was made.
+    host = read_host(kernel.root, whole=True)
+    assert type_in(live, "detach", str(GPU), "--yes").exit_code == 0
+    kernel.writes.clear()
+    held = (Holder(4242, "qemu-system-x86", "/dev/vfio/13"),)
+    monkeypatch.setattr(FakeKernel, "holders", lambda self, address: held)
+    with Journal(live.state) as journal:
+        reset = Plan("down", "herbarium", (ResetGpu(GPU, why=""),))
+        execute(reset, world=World(kernel, journal, lambda line: None))
+    assert (resets(kernel), read_ledger(live.state).fences) == ([], {})
+    assert host.devices[GPU].binding.driver == "bochs-drm"
 
 
 @pytest.mark.parametrize("known", [True, False])

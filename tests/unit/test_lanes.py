@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import signal
 import threading
 from pathlib import Path
 
@@ -125,3 +127,29 @@ def test_nothing_runs_any_more_when_the_error_is_told() -> None:
     with pytest.raises(Failed, match="the first"):
         run_lanes(lanes, step)
     assert ended == [1]
+
+
+def test_however_often_one_interrupts_nothing_is_undone_beside_a_step_at_work() -> None:
+    """Two Ctrl-C while a lane is in a write that takes its time."""
+    inside, together, ended = threading.Event(), threading.Barrier(2, timeout=PATIENCE), []
+
+    def step(number: int, _action: Action) -> None:
+        together.wait()
+        inside.set()
+        threading.Event().wait(0.6)
+        ended.append(number)
+
+    def press() -> None:
+        assert inside.wait(PATIENCE)
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            threading.Event().wait(0.15)
+
+    lanes = [[(0, move(GPU, GPU)), (2, move(GPU, GPU))], [(1, move(BARE, BARE))]]
+    finger = threading.Thread(target=press)
+    finger.start()
+    with pytest.raises(KeyboardInterrupt):
+        run_lanes(lanes, step)
+    # Both lanes came to the end of their step, and no other was begun.
+    assert sorted(ended) == [0, 1]
+    finger.join()
