@@ -439,3 +439,17 @@ def test_a_gate_knows_cards_that_are_with_guests_only_by_their_driver(
     assert asked == [{GPU}]
     Gate(settings, wanted=False)(host, {GPU})
     assert len(asked) == 1
+
+
+@needs_compiler
+def test_a_host_with_the_driver_alone_lends_by_what_sysfs_and_the_log_say(
+    host: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(empty))
+    status, said = host.type("detach", ONE, "--yes")
+    assert status == 0, said.exception
+    assert "NVIDIA's library is not installed" in said.stderr
+    assert host.type("attach", ONE, "--yes")[0] == 0
+    assert read_ledger(host.state).fences == {}

@@ -960,3 +960,28 @@ def test_the_count_is_told_with_what_was_expected() -> None:
     found = result(Scene(wanted=WANT(count=2)), "gpu_count")
     assert found is not None
     assert (found.value, found.threshold, found.number) == ("1 GPUs", "2 GPUs", 1)
+
+
+def test_a_card_that_the_kernel_keeps_locked_is_no_card_that_answers() -> None:
+    found = result(
+        Scene(devices=(device(driver="vfio-pci", locked=True),), readings=()), "gpu_lost"
+    )
+    assert found is not None
+    assert (found.status, found.value) == (FAIL, "locked")
+
+
+def test_a_module_that_a_guest_has_alone_needs_no_link() -> None:
+    """One SXM card passed through: its neighbours and switches are not in the guest."""
+    down = tuple(NvLink(number, active=False) for number in range(12))
+    alone = well(name="NVIDIA A100-SXM4-80GB", nvlinks=down, fabric=None)
+    found = result(alone, "nvlink")
+    assert found is not None
+    assert found.status is OK
+    one_down = (NvLink(0, active=False), *(NvLink(n, active=True) for n in range(1, 12)))
+    found = result(well(name="NVIDIA A100-SXM4-80GB", nvlinks=one_down, fabric=None), "nvlink")
+    assert found is not None
+    assert found.status is FAIL
+    joining = well(nvlinks=down, fabric=Fabric(2, 0, 0))
+    found = result(joining, "nvlink")
+    assert found is not None
+    assert found.status is not FAIL
