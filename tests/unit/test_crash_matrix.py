@@ -11,6 +11,7 @@ import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -103,13 +104,11 @@ class Site:
 
     def run_and_die(self, plan: Plan, *, at: int) -> bool:
         """Carry the plan out in a process that SIGKILL ends at its ``at``-th boundary."""
-        passed = 0
+        passed = count()
 
         def boundary(point: str, action: Action) -> None:
-            nonlocal passed
-            if passed == at:
+            if next(passed) == at:
                 self.kernel.die()
-            passed += 1
 
         return killed(lambda: self.run(plan, boundary=boundary))
 

@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -65,13 +66,11 @@ def killed(work: Callable[[], None]) -> bool:
 
 def run_and_die(kernel: FakeKernel, state: Path, plan: Plan, *, at: int | None = None) -> bool:
     """Execute a plan in a process that SIGKILL ends at its ``at``-th boundary."""
-    passed = 0
+    passed = count()
 
     def boundary(point: str, action: Action) -> None:
-        nonlocal passed
-        if passed == at:
+        if next(passed) == at:
             kernel.die()
-        passed += 1
 
     def work() -> None:
         with Journal(state) as journal:

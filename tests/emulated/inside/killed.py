@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import tempfile
+from itertools import count
 from pathlib import Path
 
 from gpupt.actions import Action, Plan
@@ -51,13 +52,12 @@ def killed(plan: Plan, *, at: int | None = None) -> bool:
     """Carry a plan out in a process that SIGKILL ends at its ``at``-th boundary."""
     child = os.fork()
     if child == 0:
-        passed = 0
+        passed = count()
 
         def boundary(point: str, action: Action) -> None:
-            nonlocal passed
-            if passed == at:
+            # Cards move at the same time: each boundary has a number of its own.
+            if next(passed) == at:
                 os.kill(os.getpid(), signal.SIGKILL)
-            passed += 1
 
         try:
             with Journal(STATE) as journal:
