@@ -7,6 +7,7 @@ is fsynced).  One gpupt changes a host at a time: a lock on STATE/lock, with the
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 FILE = "journal.sqlite"
 VERSION = 1
+# What a write takes that the kernel does not hold up: an unbind may reset its card first.
+ORPHAN_SECONDS = 10.0
 TABLES = """
 CREATE TABLE IF NOT EXISTS runs (
     number INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -284,8 +287,6 @@ def runs_in(connection: sqlite3.Connection) -> tuple[Run, ...]:
 
 def take_lock(state: Path) -> int:
     """The open lock file; raises Refused while another gpupt has it, Failed when it cannot be."""
-    import fcntl
-
     file = state / "lock"
     try:
         state.mkdir(parents=True, exist_ok=True)
@@ -293,9 +294,9 @@ def take_lock(state: Path) -> int:
     except OSError as error:
         raise unusable(file, error) from None
     try:
-        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        hold(number)
     except BlockingIOError:
-        holder = os.read(number, 32).decode("ascii", "replace").strip() or "unknown"
+        holder = holder_of(number)
         os.close(number)
         if holder.isdigit() and not Path(f"/proc/{holder}").exists():
             # The child that writes to the kernel holds the lock too: what it does must end
@@ -313,6 +314,29 @@ def take_lock(state: Path) -> int:
     os.ftruncate(number, 0)
     os.pwrite(number, f"{os.getpid()}\n".encode(), 0)
     return number
+
+
+def hold(number: int) -> None:
+    """Take the lock; a child that outlived its gpupt, and writes to the kernel still, is waited
+    for a while.  Raises BlockingIOError while another has it."""
+    import fcntl
+
+    end = time.monotonic() + ORPHAN_SECONDS
+    while True:
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            holder = holder_of(number)
+            orphaned = holder.isdigit() and not Path(f"/proc/{holder}").exists()
+            if not orphaned or time.monotonic() > end:
+                raise
+        time.sleep(0.05)
+
+
+def holder_of(number: int) -> str:
+    """The PID in the lock file."""
+    return os.pread(number, 32, 0).decode("ascii", "replace").strip() or "unknown"
 
 
 @contextmanager
