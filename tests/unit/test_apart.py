@@ -47,6 +47,9 @@ def test_every_file_is_read(tmp_path: Path) -> None:
     told = read_apart([str(small), str(large), str(tmp_path / "absent")])
     assert told[str(small)] == b"vfio-pci\n"
     assert told[str(large)] == b"\xff" * 4096
+    config = tmp_path / "config"
+    config.write_bytes(b"\xff" * 4096)
+    assert read_apart([str(config)]) == {str(config): b"\xff" * 64}
     missing = told[str(tmp_path / "absent")]
     assert isinstance(missing, OSError)
     assert missing.errno == errno.ENOENT
