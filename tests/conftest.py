@@ -10,12 +10,29 @@ from pathlib import Path
 import pytest
 
 GOLDEN = Path(__file__).parent / "golden"
+FIGURE = "figure"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--regenerate", action="store_true", help="Write the golden files anew, and fail."
     )
+
+
+@pytest.fixture
+def figure(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
+    """Have a line printed at the end of the run, and kept in its report."""
+    return lambda line: record_property(FIGURE, line)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the figures of the tests that passed."""
+    reports = terminalreporter.getreports("passed")
+    told = [text for each in reports for name, text in each.user_properties if name == FIGURE]
+    if told:
+        terminalreporter.section("figures")
+        for line in told:
+            terminalreporter.line(str(line))
 
 
 @pytest.fixture

@@ -19,6 +19,10 @@ HERE = Path(__file__).resolve().parent.parent
 BIN = HERE / ".venv/bin"
 # What takes long is named, so that it can be cut.
 SLOWEST = ("--durations=12", "--durations-min=10")
+# What an emulated host of the tests takes of memory, with a little beside it; and how many at
+# the most, since there are no more long files than that.
+HOST_KIB = 8 << 20
+MOST_HOSTS = 4
 SLOW = ("libvirt", "packaging", "stack", "emulated", "demo", "gpu")
 
 
@@ -160,7 +164,10 @@ def lint() -> Counts:
 def unit() -> Counts:
     marks = " and ".join(f"not {name}" for name in SLOW)
     folders = [f"tests/{name}" for name in ("unit", "golden", "hosts")]
-    return pytest("-m", marks, *(f for f in folders if (HERE / f).is_dir()), deadline=600)
+    # Many of them wait for a deadline to pass: there are more of them than cores.
+    workers = ("-n", str((os.cpu_count() or 1) + 2), "--dist", "worksteal")
+    tests = [folder for folder in folders if (HERE / folder).is_dir()]
+    return pytest("-m", marks, *workers, *tests, deadline=600)
 
 
 def packaging() -> Counts:
@@ -227,7 +234,16 @@ def emulated() -> Counts:
     need_root("baking the images of the emulated host")
     tests = need_tests("emulated")
     set_up("demo")
-    return pytest(tests, deadline=2700)
+    # Each worker boots hosts of its own; the longest files come first as they are named.
+    workers = hosts_at_a_time(os.cpu_count() or 1, Path("/proc/meminfo").read_text())
+    spread = ("-n", str(workers), "--dist", "loadfile", "--no-loadscope-reorder")
+    return pytest(*(spread if workers > 1 else ()), tests, deadline=2700)
+
+
+def hosts_at_a_time(cores: int, meminfo: str) -> int:
+    """How many emulated hosts the machine can run beside each other, one at the least."""
+    (free,) = (int(line.split()[1]) for line in meminfo.splitlines() if "MemAvailable" in line)
+    return max(1, min(cores, free // HOST_KIB, MOST_HOSTS))
 
 
 def demo() -> Counts:

@@ -10,8 +10,10 @@ from pathlib import Path
 from gpupt.cli.context import Settings
 from gpupt.decide.health import judge
 from gpupt.decide.unsaid import with_unsaid
+from gpupt.edges.amdgpu import read_amdgpu
 from gpupt.edges.healthfile import read_rules
 from gpupt.edges.kernellog import read_kernel_log
+from gpupt.edges.pcierrors import read_pci_errors
 from gpupt.edges.pciids import with_names
 from gpupt.edges.ports import read_ports
 from gpupt.edges.replayfile import keep_replays, read_replays
@@ -27,6 +29,8 @@ NVML_SECONDS = 30.0
 # Without persistence mode a driver wakes each card first, and may do so one by one.
 CARD_SECONDS = 4.0
 LOG_SECONDS = 10.0
+# All of AMD's cards, which answer one after another.
+AMD_SECONDS = 10.0
 # Where distributions and NVIDIA's own packages put it.
 LIBRARY = "libnvidia-ml.so.1"
 FOLDERS = ("/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib64", "/usr/lib")
@@ -60,13 +64,17 @@ def look(
     ]
     host = replace(host, gpus=tuple(judged))
     driver = ask_driver(settings, host)
+    reader = Reader(settings.root)
+    others = read_amdgpu(reader, host.gpus, deadline=AMD_SECONDS)
+    ports = read_ports(reader, (gpu.address for gpu in host.gpus))
+    functions = [each for gpu in host.gpus for each in (gpu.address, *gpu.companions)]
     log = read_kernel_log(settings.root, deadline=LOG_SECONDS)
     boot = log.boot_id or ""
-    if driver.gpus:
+    if driver.gpus or others:
         thresholds = replace(thresholds, previous=read_replays(settings.state, boot=boot))
         counts = {
             reading.address: reading.pcie_replays
-            for reading in driver.gpus
+            for reading in (*driver.gpus, *others)
             if reading.pcie_replays is not None
         }
         # Counts of some cards alone would take the place of those of all.
@@ -79,7 +87,9 @@ def look(
         wanted=wanted if only is None else replace(wanted, count=None),
         thresholds=thresholds,
         lending=lending,
-        ports=read_ports(Reader(settings.root), (gpu.address for gpu in host.gpus)),
+        ports=ports,
+        others=others,
+        pci_errors=read_pci_errors(reader, {*functions, *ports.values()}),
     )
     return Look(host, driver, with_unsaid(report, driver, log=log))
 

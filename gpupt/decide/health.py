@@ -6,7 +6,7 @@ have been answered and was not is a failure, and only what is not supported is n
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from gpupt.decide import health_link as link
@@ -18,7 +18,14 @@ from gpupt.decide import health_power as power
 from gpupt.decide.health_case import CardCheck, Case, Machine, MachineCheck
 from gpupt.decide.kernellog import events
 from gpupt.model.gpus import NVIDIA, state_of
-from gpupt.model.health import DriverReading, GpuHealth, HealthReport, Library
+from gpupt.model.health import (
+    DriverReading,
+    GpuHealth,
+    GpuReading,
+    HealthReport,
+    Library,
+    PciErrors,
+)
 from gpupt.model.healthrules import Expectations, Thresholds
 from gpupt.model.host import Gpu, GpuState, Host
 from gpupt.model.kernellog import KernelLog
@@ -47,32 +54,39 @@ CHECKS: Mapping[str, Rule] = {
     "remap_pending": Rule("remapped rows", "true: fail before lending, else warn"),
     "remap_uncorrectable": Rule("remapped rows", "> 0 warn; ≥ 512 fail"),
     "retired_pages": Rule(
-        "retired pages (before Ampere)",
-        "≥ 10 warn; ≥ 63, or > 15 for double-bit errors, fail; pending: as remap_pending",
+        "retired pages (before Ampere); AMD's bad pages",
+        "≥ 10 warn; ≥ 63, or > 15 for double-bit errors, fail; AMD: ≥ 0.9 pages per 100 MiB of "
+        "memory warn, ≥ 1 fail; pending: as remap_pending",
     ),
-    "ecc_uncorrected": Rule("ECC errors since the driver was loaded", "> 0 fail"),
+    "ecc_uncorrected": Rule(
+        "ECC errors since the driver was loaded; AMD's RAS counters", "> 0 fail"
+    ),
     "sram_threshold": Rule("SRAM ECC status", "exceeded: fail"),
     "ecc_mode": Rule("ECC mode", "off, or another after the next reset: warn"),
     "pcie_width": Rule("sysfs", "fewer lanes than card and port could have: fail"),
     "pcie_gen": Rule("NVML, else sysfs", "lower than it could be: ok when idle, warn at ≥ 50 %"),
     "pcie_replay": Rule(
-        "NVML's counter, twice",
+        "NVML's counter or amdgpu's, twice",
         "a bit error rate above 1e-12 (15.4/min at gen 4 x16, 30.7/min at gen 5 x16): warn",
     ),
     "clock_events": Rule(
         "clocks event reasons, two samples", "0x8, 0x40, 0x80 in both: fail; 0x20: warn; 0x4: ok"
     ),
     "temperature": Rule(
-        "margin, else slowdown threshold less temperature", "≤ 10 °C warn; ≤ 0 °C fail"
+        "margin, else slowdown threshold less temperature; AMD's hottest sensor and its crit",
+        "≤ 10 °C warn; ≤ 0 °C fail",
     ),
-    "power_limit": Rule("power limit, and its default", "below: warn"),
+    "power_limit": Rule("power limit, and its default (NVML, amdgpu's hwmon)", "below: warn"),
     "nvlink": Rule("NVLink states and counters", "an expected link down: fail; errors: warn"),
     "fabric": Rule("fabric state, status, health", "in progress: warn; failed or unhealthy: fail"),
     "xid": Rule(
         "the kernel's log of this boot",
         "the driver's advice first (field 230, Xid 154), then the table below",
     ),
-    "aer": Rule("the kernel's log of this boot", "fatal: fail; nonfatal, or ≥ 100 corrected: warn"),
+    "aer": Rule(
+        "the kernel's counters (`aer_dev_*`), and its log of this boot",
+        "fatal: fail; nonfatal, or ≥ 100 corrected: warn",
+    ),
     "kernel_log": Rule(
         "the kernel's log of this boot",
         "start or reset failed, uncorrectable errors: fail; a reset, a hung ring: warn",
@@ -129,6 +143,10 @@ OF_CARD: Mapping[str, CardCheck] = {
 WITHOUT_NVML = frozenset(
     {"driver", "nvml", "gpu_lost", "pcie_width", "pcie_gen", "xid", "aer", "kernel_log"}
 )
+# What AMD's driver tells in sysfs.
+OF_AMDGPU = frozenset(
+    {"temperature", "power_limit", "ecc_uncorrected", "retired_pages", "pcie_replay"}
+)
 OF_MACHINE: Mapping[str, MachineCheck] = {
     "gpu_count": machine.gpu_count,
     "nvml": machine.nvml,
@@ -146,14 +164,17 @@ def judge(
     thresholds: Thresholds,
     lending: bool,
     ports: Mapping[PciAddress, PciAddress] | None = None,
+    others: Iterable[GpuReading] = (),
+    pci_errors: Mapping[PciAddress, PciErrors] | None = None,
 ) -> HealthReport:
     """Every check of every GPU and of the machine that the readings allow.
 
     ``lending``: the cards are about to be given to guests, which forbids more.  ``ports`` maps
-    a GPU to the port above it, where that is known.
+    a GPU to the port above it, where that is known; ``others`` are readings of cards that are
+    not NVIDIA's; ``pci_errors`` are the kernel's counts, by function.
     """
     found = events(log)
-    readings = {reading.address: reading for reading in driver.gpus}
+    readings = {reading.address: reading for reading in (*driver.gpus, *others)}
     whole = Machine(host, driver, log, found, wanted)
     judged = []
     for gpu in host.gpus:
@@ -174,18 +195,30 @@ def judge(
             ),
             locked=any(host.devices[each].locked for each in (gpu.address, *gpu.companions)),
             asked=driver.library is not Library.UNASKED,
+            pci_errors=errors_of(gpu, port, pci_errors or {}),
         )
         judged.append(judge_card(case))
     of_machine = (check(whole) for check in OF_MACHINE.values())
     return HealthReport(tuple(judged), tuple(each for each in of_machine if each is not None))
 
 
+def errors_of(
+    gpu: Gpu, port: PciAddress | None, counted: Mapping[PciAddress, PciErrors]
+) -> PciErrors | None:
+    """The errors counted at a card's functions, and at the port above them."""
+    places = (gpu.address, *gpu.companions, *(() if port is None else (port,)))
+    found = [counted[address] for address in places if address in counted]
+    return sum(found[1:], start=found[0]) if found else None
+
+
 def judge_card(case: Case) -> GpuHealth:
-    """Every check of one card; those of NVML's where it may answer for it."""
+    """Every check of one card that its driver may answer for."""
     reading = case.reading
     held = reading is None or "handle" not in reading.silent
-    asked = held and case.gpu.device.id.vendor == NVIDIA
-    results = (check(case) for name, check in OF_CARD.items() if asked or name in WITHOUT_NVML)
+    asked = frozenset(OF_CARD) if held and case.gpu.device.id.vendor == NVIDIA else WITHOUT_NVML
+    if case.amd and reading is not None:
+        asked |= OF_AMDGPU
+    results = (check(case) for name, check in OF_CARD.items() if name in asked)
     return GpuHealth(
         address=case.address,
         uuid=None if reading is None else reading.uuid,
@@ -199,6 +232,10 @@ def why_unasked(gpu: Gpu, driver: DriverReading) -> str:
     """Why NVML was not asked for a card, or knows nothing of it."""
     device, name = gpu.device, gpu.device.binding.driver
     if device.id.vendor != NVIDIA:
+        if device.lost:
+            return f"on {name}: the card does not answer"
+        if name == modes.AMD_DRIVER:
+            return f"on {name}: it sleeps, and is not woken to be asked"
         return "NVML is NVIDIA's: of this card sysfs and the kernel's log are read"
     if device.physfn is not None:
         return f"a virtual function: NVML answers for its card, {device.physfn}"

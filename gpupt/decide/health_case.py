@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gpupt.decide.xid import reset_command
-from gpupt.model.health import CheckResult, DriverReading, GpuReading, Silence, Verdict
+from gpupt.model.gpus import AMD
+from gpupt.model.health import (
+    CheckResult,
+    DriverReading,
+    GpuReading,
+    PciErrors,
+    Silence,
+    Verdict,
+)
 from gpupt.model.healthrules import Expectations, Thresholds
 from gpupt.model.host import Gpu, Host
 from gpupt.model.kernellog import Event, KernelLog
@@ -14,15 +22,18 @@ from gpupt.model.pci import PciAddress, PciDevice
 
 DIAGNOSE = "dcgmi diag -r 3"
 REPLACE = "nvidia-bug-report.sh, and have the maker replace the card"
+REBOOT = "systemctl reboot"
+AMD_LOG = "journalctl -k -b -g amdgpu"
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
     """One card: what sysfs, the driver and the kernel's log say of it, and the measure.
 
-    No ``reading``: NVML was not asked for it, and ``unasked`` says why.  ``port`` is the port
-    above it where that is known; ``lost`` are functions of the card that read all ones,
-    ``locked`` that the kernel holds one in an unbind or a reset.
+    No ``reading``: its driver was not asked for it, and ``unasked`` says why.  ``port`` is the
+    port above it where that is known; ``lost`` are functions of the card that read all ones,
+    ``locked`` that the kernel holds one in an unbind or a reset; ``pci_errors`` are counted at
+    the card's functions and at the port above, None where neither counts.
     """
 
     gpu: Gpu
@@ -38,10 +49,36 @@ class Case:
     locked: bool = False
     # Whether NVML was asked at all: of a recorded machine it cannot be.
     asked: bool = True
+    pci_errors: PciErrors | None = None
 
     @property
     def address(self) -> PciAddress:
         return self.gpu.address
+
+    @property
+    def amd(self) -> bool:
+        return self.gpu.device.id.vendor == AMD
+
+    @property
+    def reset(self) -> str:
+        """What resets the card, once nothing uses it."""
+        return REBOOT if self.amd else f"end what uses it; {reset_command(self.address)}"
+
+    @property
+    def diagnose(self) -> str:
+        return "amd-smi bad-pages; rvs" if self.amd else DIAGNOSE
+
+    @property
+    def replace(self) -> str:
+        return "have the maker replace the card" if self.amd else REPLACE
+
+    def remedy_for(self, silence: Silence) -> str:
+        """What helps a card, or its driver, that does not answer."""
+        if not self.amd:
+            return remedy_for(silence, self.address)
+        if silence is Silence.UNSUPPORTED:
+            return ""
+        return "run as root" if silence is Silence.DENIED else f"{AMD_LOG}; {REBOOT} if it stays"
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +152,8 @@ def unanswered(case: Case, check: str, *names: str, every: bool = True) -> Check
     for name in missing:
         why = why_silent(reading, name)
         if why is not Silence.UNSUPPORTED:
-            return silent(check, why, case.address)
+            found = silent(check, why, case.address)
+            return replace(found, remedy=case.remedy_for(why))
     if missing and (every or len(missing) == len(names)):
         return silent(check, Silence.UNSUPPORTED, case.address)
     return None

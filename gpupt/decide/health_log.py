@@ -9,7 +9,7 @@ from gpupt.decide.health_case import DIAGNOSE, REPLACE, Case, Machine, unread, u
 from gpupt.decide.health_link import FABRIC_MANAGER, RESEAT
 from gpupt.decide.xid import weigh
 from gpupt.model.gpus import NVIDIA
-from gpupt.model.health import CheckResult, Verdict
+from gpupt.model.health import CheckResult, PciErrors, Verdict
 from gpupt.model.host import Gpu
 from gpupt.model.kernellog import (
     AerEvent,
@@ -94,15 +94,20 @@ def counted(names: Iterable[str]) -> str:
 
 
 def aer(case: Case) -> CheckResult | None:
-    """PCIe errors of the card's functions and of the port above it."""
-    check = "aer"
+    """PCIe errors of the card's functions and of the port above it.
+
+    The kernel leaves lines out of its log when there are many, and counts all of them; a
+    function that counts none may be in the log all the same.
+    """
+    check, counted = "aer", case.pci_errors
     missing = unread(case.log, check)
-    if missing is not None:
+    if missing is not None and counted is None:
         return missing
-    found = [event for event in case.events if isinstance(event, AerEvent)]
-    count = Counter(event.severity for event in found)
+    logged = Counter(event.severity for event in case.events if isinstance(event, AerEvent))
+    count = {each: max(logged[each], of_severity(counted, each)) for each in AerSeverity}
     corrected = count[AerSeverity.CORRECTED]
-    verdict, brief = Verdict.OK, f"{corrected} corrected PCIe errors {since(case.log)}"
+    when = "since it was found" if counted is not None else since(case.log)
+    verdict, brief = Verdict.OK, f"{corrected} corrected PCIe errors {when}"
     if count[AerSeverity.FATAL]:
         verdict, brief = Verdict.FAIL, "fatal PCIe errors: the link was reset"
     elif count[AerSeverity.NONFATAL]:
@@ -116,9 +121,20 @@ def aer(case: Case) -> CheckResult | None:
         value=", ".join(f"{count[each]} {each}" for each in reversed(AerSeverity)),
         threshold=f"0 fatal; 0 nonfatal, {case.limits.aer_corrected_warn:g} corrected warn",
         remedy="" if verdict is Verdict.OK else f"journalctl -k -b -g 'PCIe Bus Error'; {RESEAT}",
-        number=len(found),
+        number=sum(count.values()),
         unit="errors",
     )
+
+
+def of_severity(errors: PciErrors | None, severity: AerSeverity) -> int:
+    """How many the kernel counted."""
+    if errors is None:
+        return 0
+    return {
+        AerSeverity.CORRECTED: errors.corrected,
+        AerSeverity.NONFATAL: errors.nonfatal,
+        AerSeverity.FATAL: errors.fatal,
+    }[severity]
 
 
 _TROUBLES: Mapping[CardTrouble, tuple[Verdict, str, str]] = {

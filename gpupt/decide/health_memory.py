@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 from gpupt.decide.health_case import DIAGNOSE, REPLACE, Case, unanswered
 from gpupt.decide.xid import reset_command
 from gpupt.model.health import CheckResult, Verdict
+
+# amdgpu_ras.c: one bad page in so many bytes is what is usual.
+BAD_PAGE_COVER = 100 << 20
 
 
 def remap_failure(case: Case) -> CheckResult | None:
@@ -76,26 +81,44 @@ def retired_pages(case: Case) -> CheckResult | None:
     if pages is None:
         return unanswered(case, check, "retired")
     count = pages.single_bit + pages.double_bit
+    warns, fails = most_pages(case)
     verdict, brief, remedy = Verdict.OK, f"{count} pages are retired", ""
-    if count >= limits.retired_fail or pages.double_bit > limits.retired_double_most:
-        verdict, remedy = Verdict.FAIL, REPLACE
+    if count >= fails or pages.double_bit > limits.retired_double_most:
+        verdict, remedy = Verdict.FAIL, case.replace
     elif pages.pending:
         verdict = Verdict.FAIL if case.lending else Verdict.WARN
         brief = "pages of memory wait for a reset to be retired"
-        remedy = f"end what uses it; {reset_command(case.address)}"
-    elif count >= limits.retired_warn:
-        verdict, remedy = Verdict.WARN, DIAGNOSE
+        remedy = case.reset
+    elif count >= warns:
+        verdict, remedy = Verdict.WARN, case.diagnose
+    # AMD's list does not tell of what kind the errors were.
+    double = "" if case.amd else f", {pages.double_bit} for double-bit errors"
+    or_double = (
+        "" if case.amd else f", or more than {limits.retired_double_most:g} for double-bit errors,"
+    )
     return CheckResult(
         check,
         verdict,
         brief,
-        value=f"{count} pages, {pages.double_bit} for double-bit errors",
-        threshold=f"{limits.retired_warn:g} pages warn; {limits.retired_fail:g}, or more than "
-        f"{limits.retired_double_most:g} for double-bit errors, fail",
+        value=f"{count} pages{double}",
+        threshold=f"{warns:g} pages warn; {fails:g}{or_double} fail",
         remedy=remedy,
         number=count,
         unit="pages",
     )
+
+
+def most_pages(case: Case) -> tuple[float, float]:
+    """From how many retired pages on a card warns, and fails.
+
+    Of AMD's the driver's own measure: a page for each 100 MiB of memory, and a word in its log
+    from nine tenths on (RAS_BAD_PAGE_COVER in drivers/gpu/drm/amd/amdgpu/amdgpu_ras.c).
+    """
+    memory = case.reading.memory_total if case.reading is not None else None
+    if not case.amd or memory is None:
+        return case.limits.retired_warn, case.limits.retired_fail
+    most = max(1, memory // BAD_PAGE_COVER)
+    return math.ceil(most * 0.9), most
 
 
 def ecc_uncorrected(case: Case) -> CheckResult | None:
@@ -104,7 +127,7 @@ def ecc_uncorrected(case: Case) -> CheckResult | None:
     count = case.reading.ecc_uncorrected if case.reading is not None else None
     if count is None:
         return unanswered(case, check, "ecc_uncorrected")
-    remedy = f"end what uses it; {reset_command(case.address)}; {DIAGNOSE}"
+    remedy = f"{case.reset}; {case.diagnose}"
     return CheckResult(
         check,
         Verdict.FAIL if count else Verdict.OK,

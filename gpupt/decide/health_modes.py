@@ -8,6 +8,7 @@ from gpupt.model.gpus import NVIDIA
 from gpupt.model.health import CheckResult, Modes, Silence, Verdict
 
 NVIDIA_DRIVER = "nvidia"
+AMD_DRIVER = "amdgpu"
 # What the driver says of a card that no longer works; any other silence is the driver's own.
 GONE = (Silence.LOST, Silence.NEEDS_RESET)
 
@@ -30,6 +31,8 @@ def driver(case: Case) -> CheckResult | None:
         )  # fmt: skip
     if on_nvidia(case) and case.asked:
         return CheckResult(check, Verdict.OK, "on NVIDIA's driver, and NVML knows it", value=name)
+    if case.amd and case.reading is not None:
+        return CheckResult(check, Verdict.OK, "on AMD's driver, which tells of it", value=name)
     if name is None:
         return CheckResult(
             check, Verdict.WARN, case.unasked, value="none",

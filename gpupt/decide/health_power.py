@@ -78,12 +78,25 @@ def temperature(case: Case) -> CheckResult | None:
         f"{margin} °C below its slowdown" + ("" if now is None else f", at {now} °C"),
         value=f"{margin} °C margin",
         threshold=f"{limits.margin_warn:g} °C warns; {limits.margin_fail:g} °C fails",
-        remedy=""
-        if verdict is Verdict.OK
-        else f"fans and air flow; nvidia-smi -q -d TEMPERATURE -i {case.address}",
+        remedy="" if verdict is Verdict.OK else f"fans and air flow; {show_heat(case)}",
         number=margin,
         unit="celsius",
     )
+
+
+def show_heat(case: Case) -> str:
+    """What prints the card's temperatures."""
+    if case.amd:
+        return f"grep . /sys/bus/pci/devices/{case.address}/hwmon/hwmon*/temp*_input"
+    return f"nvidia-smi -q -d TEMPERATURE -i {case.address}"
+
+
+def raise_limit(case: Case, watts: float) -> str:
+    """What lets the card use that much again."""
+    if case.amd:
+        file = f"/sys/bus/pci/devices/{case.address}/hwmon/hwmon*/power1_cap"
+        return f"echo {watts * 1e6:.0f} | tee {file}"
+    return f"nvidia-smi -i {case.address} -pl {watts:g}"
 
 
 def power_limit(case: Case) -> CheckResult | None:
@@ -99,7 +112,7 @@ def power_limit(case: Case) -> CheckResult | None:
         f"it may use {limit:g} W of {default:g} W",
         value=f"{limit:g} W",
         threshold=f"{default:g} W",
-        remedy=f"nvidia-smi -i {case.address} -pl {default:g}" if low else "",
+        remedy=raise_limit(case, default) if low else "",
         number=limit,
         unit="watts",
     )

@@ -9,7 +9,8 @@ from gpupt.model.host import Fence, Gpu, GpuState, Host, Loan
 from gpupt.model.pci import Identity, PciAddress, PciDevice, PciId
 
 NVIDIA = 0x10DE
-GPU_VENDORS = frozenset({NVIDIA, 0x1002, 0x8086})
+AMD = 0x1002
+GPU_VENDORS = frozenset({NVIDIA, AMD, 0x8086})
 VFIO = "vfio-pci"
 # What a card that has fallen off the bus answers when its ids are read anew.
 ALL_ONES = PciId(0xFFFF, 0xFFFF)

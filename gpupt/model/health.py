@@ -99,11 +99,28 @@ class GpuProcess:
 
 
 @dataclass(frozen=True, slots=True)
-class GpuReading:
-    """What NVML answered for one card; None: not answered, and ``silent`` says why.
+class PciErrors:
+    """PCIe errors that a function told of since it was found, by what became of them."""
 
-    Temperatures in degrees Celsius, power in watts, memory in bytes, clocks in MHz,
-    ``pcie_replays`` counted since the driver was loaded, ``clock_events`` NVML's bit mask.
+    corrected: int
+    nonfatal: int
+    fatal: int
+
+    def __add__(self, other: PciErrors) -> PciErrors:
+        return PciErrors(
+            self.corrected + other.corrected,
+            self.nonfatal + other.nonfatal,
+            self.fatal + other.fatal,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class GpuReading:
+    """What a card's driver answered; None: not answered, and ``silent`` says why.
+
+    NVIDIA's through NVML, AMD's in sysfs.  Temperatures in degrees Celsius, power in watts,
+    memory in bytes, clocks in MHz, ``pcie_replays`` counted since the driver was loaded,
+    ``clock_events`` NVML's bit mask.
     """
 
     address: PciAddress

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from emulatedhost import Host
+from emulatedhost import Host, gpupt
 from shapes import a_host, doctor, gpus, refusal
 
 from gpupt.lab.host import Lab
@@ -53,3 +53,17 @@ def test_what_the_kernel_says_without_an_iommu(host: Host) -> None:
     assert [each["kind"] for each in recovered["actions"]] == ["ReleaseFunction"]
     host.sh("echo 0000:01:00.0 > /sys/bus/pci/drivers_probe")
     assert host.driver("01:00.0") == "uio_pci_generic"
+
+
+# Its end: any host would do
+
+
+def test_a_panic_ends_it_and_is_told_at_once(host: Host) -> None:
+    name = host.lab.name
+    crash = "echo c > /proc/sysrq-trigger; sleep 3600"
+    told = gpupt("lab", "run", "--name", name, "--", "sh", "-c", crash, deadline=120)
+    assert told.returncode != 0
+    after = gpupt("lab", "run", "--name", name, "--", "true")
+    assert after.returncode != 0
+    assert "is not up" in after.stderr
+    assert "Kernel panic" in (host.lab.folder / "console.log").read_text(errors="replace")

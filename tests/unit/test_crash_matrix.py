@@ -175,7 +175,7 @@ def figures(verb: str, machine: str) -> tuple[int, int]:
 def test_every_boundary_is_recovered(
     quick_path: Path,
     guests_answer: None,
-    capsys: pytest.CaptureFixture[str],
+    figure: Callable[[str], None],
     verb: str,
     machine: str,
 ) -> None:
@@ -202,7 +202,6 @@ def test_every_boundary_is_recovered(
     # There is no boundary after the last, and a run that is left alone comes to its end.
     assert not site.run_and_die(site.decide(verb), at=boundaries)
     assert not read_ledger(site.state).unfinished
-    with capsys.disabled():
-        print(f"\ncrash matrix: {verb} on {machine}: {recovered} of {boundaries} boundaries")
+    figure(f"crash matrix: {verb} on {machine}: {recovered} of {boundaries} boundaries")
     assert not_recovered == []
     assert figures(verb, machine) == (boundaries, recovered)

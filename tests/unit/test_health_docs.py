@@ -9,6 +9,7 @@ import test_health_judge
 from test_health_judge import FIRES, SILENT
 
 from gpupt.decide.health import CHECKS, ELSEWHERE, OF_CARD, OF_MACHINE
+from gpupt.decide.health_memory import BAD_PAGE_COVER
 from gpupt.decide.xid import CATALOGUE, CURABLE, VERDICTS, Action
 from gpupt.edges.healthfile import health_file, read_rules
 
@@ -78,6 +79,7 @@ def test_the_figures_in_the_rules_are_the_thresholds() -> None:
         f"{defaults.retired_warn:g}",
         f"{defaults.retired_fail:g}",
         f"{defaults.retired_double_most:g}",
+        *("0.9", f"{BAD_PAGE_COVER >> 20}", "1"),
     ]
     assert said["temperature"] == [f"{defaults.margin_warn:g}", f"{defaults.margin_fail:g}"]
     assert said["pcie_gen"] == [f"{defaults.busy_utilization:g}"]

@@ -21,6 +21,7 @@ from gpupt.model.health import (
     Library,
     Modes,
     NvLink,
+    PciErrors,
     RemappedRows,
     RetiredPages,
     Silence,
@@ -85,6 +86,9 @@ WELL = GpuReading(
 )
 
 
+UNREAD = KernelLog(silent=Silence.DENIED, details="no")
+
+
 @dataclass(frozen=True)
 class Scene:
     """What is read, of which a case changes one thing."""
@@ -98,6 +102,7 @@ class Scene:
     thresholds: Thresholds = field(default_factory=Thresholds)
     lending: bool = False
     ports: Mapping[PciAddress, PciAddress] | None = None
+    pci_errors: Mapping[PciAddress, PciErrors] | None = None
 
 
 def report(scene: Scene) -> HealthReport:
@@ -111,6 +116,7 @@ def report(scene: Scene) -> HealthReport:
         thresholds=scene.thresholds,
         lending=scene.lending,
         ports=scene.ports,
+        pci_errors=scene.pci_errors,
     )
 
 
@@ -141,6 +147,12 @@ def link(*, port: Link | None = None, **changes: Any) -> Scene:
         return Scene(devices=(card,))
     above = device(PORT, "pcieport", class_code=0x060400, is_bridge=True, link=port)
     return Scene(devices=(card, above), ports={CARD: PORT})
+
+
+def counted_at_port(card: int, port: int) -> Scene:
+    """Corrected errors that the kernel counted at the card, and at the port above it."""
+    counts = {CARD: PciErrors(card, 0, 0), PORT: PciErrors(port, 0, 0)}
+    return replace(link(port=GEN5), pci_errors=counts)
 
 
 def replays(before: int, now: int, seconds: float, **changes: Any) -> Scene:
@@ -378,6 +390,11 @@ FIRES: Mapping[str, tuple[tuple[Scene, Verdict, str], ...]] = {
         (log(f"nvidia {CARD}: PCIe Bus Error: severity=Uncorrectable (Non-Fatal)"), WARN, "lost"),
         (log(*[CORRECTED] * 100), WARN, "many"),
         (log(f"{AER}Uncorrected (Fatal), type=x", ports={CARD: PORT}), FAIL, "fatal"),
+        (Scene(pci_errors={CARD: PciErrors(0, 0, 1)}), FAIL, "fatal"),
+        (Scene(pci_errors={CARD: PciErrors(0, 1, 0)}), WARN, "lost"),
+        # What the port above counts is the card's link; a busy log leaves lines out.
+        (counted_at_port(60, 60), WARN, "many"),
+        (replace(counted_at_port(60, 60), log=UNREAD), WARN, "many"),
     ),
     "kernel_log": (
         (
@@ -600,6 +617,9 @@ SILENT: Mapping[str, tuple[tuple[Scene, Verdict | None], ...]] = {
         # The port above another card.
         (log(f"{AER}Uncorrected (Fatal), type=x"), OK),
         (Scene(log=KernelLog(silent=Silence.UNSUPPORTED, details="none")), UNSUPPORTED),
+        (replace(counted_at_port(50, 49), log=UNREAD), OK),
+        (Scene(pci_errors={OTHER: PciErrors(0, 0, 9)}), OK),
+        (replace(Scene(pci_errors={OTHER: PciErrors(0, 0, 9)}), log=UNREAD), UNSUPPORTED),
     ),
     "kernel_log": (
         (log(f"vfio-pci {OTHER}: not ready 65535ms after FLR; giving up"), OK),
@@ -800,8 +820,12 @@ def test_a_slow_link_of_a_card_without_any_answer_is_no_second_failure() -> None
     assert found.status is UNSUPPORTED
 
 
-@pytest.mark.parametrize(("vendor", "driver"), [(0x1002, "amdgpu"), (0x8086, "xe")])
-def test_of_another_makers_card_sysfs_and_the_log_are_judged(vendor: int, driver: str) -> None:
+@pytest.mark.parametrize(
+    ("vendor", "driver", "why"), [(0x1002, "amdgpu", "sleeps"), (0x8086, "xe", "NVIDIA")]
+)
+def test_of_another_makers_card_sysfs_and_the_log_are_judged(
+    vendor: int, driver: str, why: str
+) -> None:
     card = device(driver=driver, vendor=vendor, link=replace(GEN5, width=8))
     found = report(Scene(devices=(card,), readings=(), library=Library.UNASKED, lending=True))
     by_id = {each.id: each for each in found.gpus[0].checks}
@@ -814,7 +838,7 @@ def test_of_another_makers_card_sysfs_and_the_log_are_judged(vendor: int, driver
         "aer",
         "kernel_log",
     }
-    assert "NVIDIA" in by_id["driver"].brief
+    assert why in by_id["driver"].brief
     assert by_id["pcie_width"].status is FAIL
     assert by_id["driver"].status is by_id["xid"].status is UNSUPPORTED
     reset = report(

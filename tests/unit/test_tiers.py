@@ -81,3 +81,11 @@ def test_a_command_that_fails_or_is_late_is_a_failure() -> None:
     assert tiers.command("good", ["true"]) == Counts(passed=1)
     assert tiers.command("bad", ["false"]).failures == ["bad: exit 1"]
     assert tiers.command("late", ["sleep", "5"], deadline=0.05).failures == ["late: exit 124"]
+
+
+@pytest.mark.parametrize(
+    ("cores", "gib", "hosts"), [(1, 64, 1), (2, 4, 1), (2, 23, 2), (8, 23, 2), (64, 500, 4)]
+)
+def test_as_many_emulated_hosts_as_the_machine_holds(cores: int, gib: int, hosts: int) -> None:
+    meminfo = f"MemTotal: 1 kB\nMemAvailable:  {gib << 20} kB\nSwapFree: 0 kB\n"
+    assert tiers.hosts_at_a_time(cores, meminfo) == hosts
