@@ -390,3 +390,50 @@ def subject_of(action: Action) -> str:
             return action.path
         case SetKernelLine() | UnsetKernelLine():
             return action.tool
+
+
+# What a person is told; the JSON of a plan has the names of the classes.
+VERBS: Mapping[type, str] = {
+    BindFunction: "bind",
+    ReleaseFunction: "release",
+    RecordLoan: "record",
+    LendGpu: "lend",
+    ReturnGpu: "return",
+    EraseLoan: "forget",
+    PersistLoan: "persist",
+    UnpersistLoan: "unpersist",
+    ResetGpu: "reset",
+    CheckGpu: "check",
+    FenceGpu: "fence",
+    UnfenceGpu: "unfence",
+    SetAttribute: "set",
+    ReleaseFramebuffer: "release",
+    BakeImage: "bake",
+    MakeCluster: "make",
+    RemoveCluster: "remove",
+    StartNetwork: "start",
+    StopNetwork: "stop",
+    StartNode: "start",
+    StopNode: "stop",
+    AwaitNode: "await",
+    AwaitRoll: "await",
+    WriteFile: "write",
+    RemoveFile: "put back",
+    SetKernelLine: "set",
+    UnsetKernelLine: "unset",
+}
+
+
+def verb_and_subject(action: Action) -> tuple[str, str]:
+    """The action in words: what is done, and to what."""
+    subject = subject_of(action)
+    if isinstance(action, StartNetwork | StopNetwork):
+        subject = f"{subject}'s network"
+    if isinstance(action, SetKernelLine | UnsetKernelLine):
+        subject = f"kernel command line ({subject})"
+    return VERBS[type(action)], subject
+
+
+def told(action: Action) -> str:
+    """The action in a few words, for what is narrated."""
+    return " ".join(verb_and_subject(action))

@@ -18,7 +18,7 @@ from gpupt.actions import (
     Plan,
     ResetGpu,
     SetAttribute,
-    subject_of,
+    told,
 )
 from gpupt.apply import host
 from gpupt.apply.lanes import in_lanes, run_lanes
@@ -85,7 +85,7 @@ def one_step(planned: JournalEntry, *, run: int, world: World, reached: list[Jou
     world.journal.intend(run, entry)
     reached.append(entry)
     world.boundary("intended", action)
-    world.narrate(f"{type(action).__name__} {subject_of(action)}: {action.why}")
+    world.narrate(f"{told(action)}: {action.why}")
     perform(action, world)
     world.boundary("performed", action)
     world.journal.mark(run, entry.step, state="done")
@@ -148,7 +148,7 @@ def undo_all(reached: list[JournalEntry], *, run: int, world: World) -> list[str
     said = []
     failed = False
     for entry in reversed(reached):
-        name = f"{type(entry.action).__name__} {subject_of(entry.action)}"
+        name = told(entry.action)
         try:
             undo(entry, world)
         except GpuptError as error:

@@ -19,6 +19,7 @@ from gpupt.actions import (
     UnsetKernelLine,
     WriteFile,
     subject_of,
+    told,
 )
 from gpupt.apply.execute import terminated_like_interrupted
 from gpupt.edges.bootentries import entry_files, read_boot, read_entries
@@ -46,7 +47,7 @@ def carry_out(plan: Plan, *, etc: Etc, state: Path, narrate: Callable[[str], Non
                 file = file_in(action)
                 made = etc.missing_folders(file.path) if isinstance(file, WriteFile) else ()
                 kept.append((action, keep(action, etc=etc), made))
-                narrate(f"{type(action).__name__} {subject_of(action)}: {action.why}")
+                narrate(f"{told(action)}: {action.why}")
                 perform(action, made=made, etc=etc, state=state, narrate=narrate)
         except BaseException as error:
             said = put_back(kept, etc=etc, state=state, before=before)

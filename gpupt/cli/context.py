@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 import click
 
@@ -117,6 +117,22 @@ def require_live(settings: Settings, *, dry_run: bool) -> None:
     )
 
 
+def terminal_colour() -> bool:
+    """Whether stdout is a terminal that wants colour (https://no-color.org)."""
+    import os
+
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+
+def terminal_width(stream: TextIO | None = None) -> int | None:
+    """Characters a line of stdout, or of ``stream``, on a terminal; None: for a file or program."""
+    if not (stream or sys.stdout).isatty():
+        return None
+    import shutil
+
+    return shutil.get_terminal_size().columns
+
+
 def plan_json(plan: Plan, findings: Iterable[Mapping[str, Any]] = ()) -> dict[str, Any]:
     """The plan as CONTRACT's ``plan --json`` has it."""
     from gpupt.actions import subject_of
@@ -133,15 +149,12 @@ def plan_json(plan: Plan, findings: Iterable[Mapping[str, Any]] = ()) -> dict[st
 def show_plan(settings: Settings, plan: Plan, *, asked_for: bool) -> None:
     """Print the plan: ``asked_for``, it is the data and goes to stdout, as JSON where that is
     wanted; else it goes to stderr, for the person who is asked about it."""
-    from gpupt.actions import subject_of
-
     if settings.as_json and asked_for:
         settings.emit(plan_json(plan))
         return
-    width = max((len(subject_of(action)) for action in plan.actions), default=0)
-    for number, action in enumerate(plan.actions, 1):
-        kind = type(action).__name__
-        line = f"{number:3}  {kind:<13} {subject_of(action):<{width}}  {action.why}"
+    from gpupt.report.plan import plan_lines
+
+    for line in plan_lines(plan, width=terminal_width(sys.stdout if asked_for else sys.stderr)):
         click.echo(line, err=not asked_for)
 
 

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import click
 
-from gpupt.cli.context import Settings, common
-from gpupt.cli.host import terminal_colour
+from gpupt.cli.context import Settings, common, terminal_colour
 from gpupt.errors import BadInput, GpuptError
 from gpupt.model.facts import Guest
 

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gpupt.cli.context import Settings, common
-from gpupt.cli.host import terminal_colour, terminal_width
+from gpupt.cli.context import Settings, common, terminal_colour, terminal_width
 from gpupt.errors import BadInput, GpuptError
 from gpupt.model.health import CheckResult, HealthReport, Verdict
 

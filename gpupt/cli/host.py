@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import click
 
-from gpupt.cli.context import Settings, common
+from gpupt.cli.context import Settings, common, terminal_colour, terminal_width
 from gpupt.edges.bootrules import read_persistent
 from gpupt.edges.pciids import read_names, with_names
 from gpupt.edges.sysfs import read_host
@@ -18,22 +17,6 @@ from gpupt.model.pci import PciAddress
 
 # A libvirt that is stuck does not keep anybody from seeing the rest.
 LIBVIRT_SECONDS = 10.0
-
-
-def terminal_colour() -> bool:
-    """Whether stdout is a terminal that wants colour (https://no-color.org)."""
-    import os
-
-    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-
-
-def terminal_width() -> int | None:
-    """Characters a line on a terminal; None where output is for a file or a program."""
-    if not sys.stdout.isatty():
-        return None
-    import shutil
-
-    return shutil.get_terminal_size().columns
 
 
 def known_records(settings: Settings) -> Records:

@@ -18,8 +18,8 @@ from gpupt.cli.context import (
     consent,
     plan_json,
     require_live,
+    terminal_colour,
 )
-from gpupt.cli.host import terminal_colour
 from gpupt.errors import BadInput, Failed
 
 if TYPE_CHECKING:

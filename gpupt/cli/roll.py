@@ -33,7 +33,7 @@ def list_rolls(settings: Settings) -> None:
     if settings.as_json:
         settings.emit({"rolls": [{**_brief(found), "name": name} for name, found in rolls.items()]})
         return
-    from gpupt.cli.host import terminal_colour, terminal_width
+    from gpupt.cli.context import terminal_colour, terminal_width
     from gpupt.report.tables import roll_table
 
     for line in roll_table(rolls, colour=terminal_colour(), width=terminal_width()):

@@ -85,7 +85,7 @@ def plan_detach(
             for address in functions:
                 known.setdefault(address, origin_of(host.devices[address], preflight.display))
             origins = tuple(known[address] for address in functions)
-            why = "note where each function came from, before the first write"
+            why = "where each function came from, before the first write"
             actions.append(RecordLoan(gpu.address, origins, why=why))
             lasting[gpu.address] = origins
         else:
@@ -151,7 +151,7 @@ def why_taken(gpu: Gpu, address: PciAddress) -> str:
     if address == gpu.address:
         return "the GPU itself"
     if address in gpu.companions:
-        return f"a function of the same card as {gpu.address}"
+        return "a function of the same card"
     return f"in one IOMMU group with {gpu.address}: only whole groups can be lent"
 
 

@@ -80,7 +80,7 @@ def test_node_that_goes_down_is_noticed_and_all_is_undone(
     console = ClusterFolder(state, CLUSTER).console("frontend")
     assert f"its console, in {console}, ends:" in done.stderr
     assert console.exists()
-    assert f"undone: StartNode {CLUSTER}/frontend" in done.stderr
+    assert f"undone: start {CLUSTER}/frontend" in done.stderr
     nothing_left(hypervisor, state)
 
 

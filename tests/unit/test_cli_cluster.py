@@ -96,12 +96,12 @@ def test_nothing_is_remembered_where_there_is_no_journal(tmp_path: Path) -> None
 def test_plan_is_data(live: Settings, spec: str) -> None:
     said = Said("plan", spec, settings=live)
     assert said.status == 0, said.err
-    assert "StartNode     herbarium/compute-0" in said.out
-    assert "StartNode" not in said.err
+    assert "start      herbarium/compute-0" in said.out
+    assert "start  " not in said.err
     again = Said("up", spec, "--dry-run", settings=live)
     assert again.out == said.out
     asked = Said("up", spec, settings=live)
-    assert (asked.status, asked.out, "StartNode" in asked.err) == (2, "", True)
+    assert (asked.status, asked.out, "start  " in asked.err) == (2, "", True)
 
 
 def test_plan_that_wants_the_boot_display_says_what_can_be_done(live: Settings, spec: str) -> None:
@@ -145,7 +145,7 @@ def test_recorded_tree_is_never_changed(tmp_path: Path, words: list[str]) -> Non
 def test_recorded_tree_may_be_planned_for(tmp_path: Path) -> None:
     emulated_host(tmp_path)
     said = Said("--root", str(tmp_path), "detach", "--all", "--dry-run", settings=Settings())
-    assert (said.status, "BindFunction" in said.out) == (0, True)
+    assert (said.status, "bind  " in said.out) == (0, True)
 
 
 def test_no_at_the_prompt_is_confirmed(

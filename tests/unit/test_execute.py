@@ -126,7 +126,7 @@ def test_a_failed_detach_leaves_the_host_as_it_was(
     with pytest.raises(Failed) as error:
         detach(kernel, journal, GPU, BARE)
     assert said in str(error.value)
-    assert f"undone: BindFunction {SOUND}" in error.value.details
+    assert f"undone: bind {SOUND}" in error.value.details
     assert kernel.tree() == before
     assert journal.ledger.loans == {}
     assert journal.ledger.unfinished == ()

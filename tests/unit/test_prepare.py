@@ -250,7 +250,7 @@ def test_with_no_terminal_nothing_is_asked(tmp_path: Path) -> None:
     before = machine.tree()
     status, result = machine.type()
     assert (status, machine.tree()) == (2, before)
-    assert "SetKernelLine" in result.stderr
+    assert "kernel command line (update-grub)" in result.stderr
 
 
 def test_a_recorded_tree_is_not_changed(tmp_path: Path) -> None:
