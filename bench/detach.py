@@ -32,7 +32,7 @@ from gpupt.cli.context import Settings
 from gpupt.cli.main import cli
 from gpupt.edges.holders import mapped_nodes, open_nodes, processes
 from gpupt.edges.kernel import Kernel
-from gpupt.edges.sysfs import Reader
+from gpupt.edges.tree import Reader
 
 SIZES = (1, 8, 64)
 DRIVERS = {"nouveau": ["10de:2330"], "snd_hda_intel": ["10de:22ba"], "vfio-pci": []}

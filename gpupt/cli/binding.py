@@ -20,7 +20,8 @@ from gpupt.edges.display import read_display
 from gpupt.edges.holders import holders_of, read_holders, vfio_to_be_had
 from gpupt.edges.journal import Journal, read_ledger
 from gpupt.edges.kernel import Kernel
-from gpupt.edges.sysfs import Reader, read_host
+from gpupt.edges.sysfs import read_host
+from gpupt.edges.tree import Reader
 from gpupt.errors import BadInput, Failed, Refused
 from gpupt.model.gpus import VFIO
 from gpupt.model.health import GpuHealth

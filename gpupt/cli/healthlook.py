@@ -17,7 +17,8 @@ from gpupt.edges.pcierrors import read_pci_errors
 from gpupt.edges.pciids import with_names
 from gpupt.edges.ports import read_ports
 from gpupt.edges.replayfile import keep_replays, read_replays
-from gpupt.edges.sysfs import Reader, read_host
+from gpupt.edges.sysfs import read_host
+from gpupt.edges.tree import Reader
 from gpupt.model.gpus import GPU_VENDORS, NVIDIA
 from gpupt.model.health import DriverReading, GpuHealth, HealthReport, Library, Verdict
 from gpupt.model.host import Host

@@ -20,8 +20,9 @@ from gpupt.edges.journal import read_ledger
 from gpupt.edges.kvm import DEVICE
 from gpupt.edges.rolls import read_rolls
 from gpupt.edges.specfile import SpecFile
-from gpupt.edges.sysfs import Reader, read_host
+from gpupt.edges.sysfs import read_host
 from gpupt.edges.templates import render_view
+from gpupt.edges.tree import Reader
 from gpupt.model.cluster import Allocation
 from gpupt.model.roll import Image
 

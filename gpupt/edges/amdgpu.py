@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Mapping
 
 from gpupt.edges.apart import read_apart
-from gpupt.edges.sysfs import Reader
+from gpupt.edges.tree import Reader
 from gpupt.model.health import GpuReading, RetiredPages, Silence
 from gpupt.model.host import Gpu
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
-from gpupt.edges.sysfs import Reader
+from gpupt.edges.tree import Reader
 from gpupt.errors import BadInput
 from gpupt.model.host import Critical
-from gpupt.model.pci import PciAddress
+from gpupt.model.pci import PciAddress, PciDevice
 
 # Filesystems that no block device of this host holds.
 DISKLESS = frozenset(
@@ -21,17 +21,19 @@ DISKLESS = frozenset(
 )
 
 
-def find_critical(reader: Reader) -> tuple[Critical, ...]:
+def find_critical(reader: Reader, devices: Mapping[PciAddress, PciDevice]) -> tuple[Critical, ...]:
     """Controllers of mounted disks and of swap, and cards that the default route leaves by."""
     found: dict[PciAddress, list[str]] = {}
-    for address, why in [*disks(reader), *uplinks(reader)]:
+    for address, why in [*disks(reader, devices), *uplinks(reader, devices)]:
         said = found.setdefault(address, [])
         if why not in said:
             said.append(why)
     return tuple(Critical(address, "; ".join(why)) for address, why in sorted(found.items()))
 
 
-def disks(reader: Reader) -> Iterator[tuple[PciAddress, str]]:
+def disks(
+    reader: Reader, devices: Mapping[PciAddress, PciDevice]
+) -> Iterator[tuple[PciAddress, str]]:
     """Controllers of what is mounted or swapped to."""
     root_known = pool = False
     told: set[PciAddress] = set()
@@ -59,7 +61,7 @@ def disks(reader: Reader) -> Iterator[tuple[PciAddress, str]]:
     # The mounts of ZFS name no device: then no storage controller is taken.
     if not root_known or pool:
         what = "a ZFS pool is mounted" if root_known else "the disk of / is not known"
-        for address in of_class(reader, 0x01):
+        for address in of_class(devices, 0x01):
             yield address, f"{what}, and this may be {'part of ' if root_known else ''}it"
 
 
@@ -70,7 +72,9 @@ def under_btrfs(reader: Reader) -> Iterator[PciAddress]:
             yield from under_block(reader, f"sys/fs/btrfs/{filesystem}/devices/{disk}")
 
 
-def uplinks(reader: Reader) -> Iterator[tuple[PciAddress, str]]:
+def uplinks(
+    reader: Reader, devices: Mapping[PciAddress, PciDevice]
+) -> Iterator[tuple[PciAddress, str]]:
     """Network cards that a default route leaves by, through bridges, bonds and VLANs."""
     interfaces = set()
     for line in reader.whole("proc/net/route").splitlines()[1:]:
@@ -85,16 +89,16 @@ def uplinks(reader: Reader) -> Iterator[tuple[PciAddress, str]]:
         folder = folder_of(reader, f"sys/class/net/{interface}")
         # Every interface is a link to its device, a virtual one too.
         if folder is None or folder.startswith("sys/class/"):
-            for address in of_class(reader, 0x02):
+            for address in of_class(devices, 0x02):
                 yield address, f"the default route leaves by {interface}, and this may be it"
             continue
         for address in under_interface(reader, interface):
             yield address, f"the default route leaves by it ({interface})"
 
 
-def of_class(reader: Reader, base: int) -> Iterator[PciAddress]:
+def of_class(devices: Mapping[PciAddress, PciDevice], base: int) -> Iterator[PciAddress]:
     """Every function of a base class: 01 is storage, 02 network."""
-    for address, device in reader.devices().items():
+    for address, device in devices.items():
         if device.class_code >> 16 == base:
             yield address
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gpupt.edges.sysfs import Reader
+from gpupt.edges.tree import Reader
 from gpupt.model.host import Display
 
 CONSOLES = "sys/class/vtconsole"

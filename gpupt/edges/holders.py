@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from gpupt.edges.cgroups import Place, place_of
-from gpupt.edges.sysfs import Reader
+from gpupt.edges.tree import Reader
 from gpupt.model.host import Holder, Host, Loan
 from gpupt.model.pci import PciAddress, PciDevice
 

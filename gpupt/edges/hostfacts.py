@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from gpupt.edges.holders import read_holders, vfio_to_be_had
-from gpupt.edges.sysfs import Reader
+from gpupt.edges.tree import Reader
 from gpupt.errors import GpuptError
 from gpupt.model.facts import Guest, HostFacts, MemoryLimits, Reserved, StuckUnbind, VfioClaim
 from gpupt.model.host import Host

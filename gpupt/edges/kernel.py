@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 
 from gpupt.edges.apart import DEADLINE, read_apart
 from gpupt.edges.holders import read_holders
-from gpupt.edges.sysfs import Reader
+from gpupt.edges.sysfs import PciReader
 from gpupt.errors import BadInput, DeadlineExceeded, Failed
 from gpupt.model.gpus import identity_of
 from gpupt.model.host import Holder, Host
@@ -42,7 +42,7 @@ class Kernel:
 
     def __init__(self, root: Path = Path("/")) -> None:
         self.root = root
-        self.reader = Reader(root)
+        self.reader = PciReader(root)
 
     def present(self, address: PciAddress) -> bool:
         """Whether the function is on the bus."""
@@ -84,7 +84,7 @@ class Kernel:
         if device is None:
             return ()
         host = Host({address: device}, {}, ())
-        return read_holders(Reader(self.root), host, [address]).get(address, ())
+        return read_holders(PciReader(self.root), host, [address]).get(address, ())
 
     def has_driver(self, driver: str) -> bool:
         """Whether a PCI driver of that name is registered."""
@@ -113,7 +113,7 @@ class Kernel:
     def lost(self, address: PciAddress) -> bool:
         """Whether the function's config space reads all ones: it has fallen off the bus."""
         folder = f"{BUS}/devices/{address}"
-        reader = Reader(self.root)
+        reader = PciReader(self.root)
         reader.foresee([address])
         return reader.lost(folder, virtual=reader.link(f"{folder}/physfn") is not None)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gpupt.edges.process import run
-from gpupt.edges.sysfs import Reader
+from gpupt.edges.tree import Reader
 from gpupt.errors import DeadlineExceeded, GpuptError
 from gpupt.model.health import Silence
 from gpupt.model.kernellog import KernelLog, LogLine

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from gpupt.edges.sysfs import Reader
+from gpupt.edges.tree import Reader
 from gpupt.model.health import PciErrors
 from gpupt.model.pci import PciAddress
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from gpupt.edges.sysfs import Reader
+from gpupt.edges.tree import Reader
 from gpupt.errors import BadInput
 from gpupt.model.pci import PciAddress
 

@@ -13,7 +13,7 @@ from gpupt.edges.bootentries import read_boot
 from gpupt.edges.etc import Etc
 from gpupt.edges.holders import vfio_to_be_had
 from gpupt.edges.hostfacts import interrupt_chips
-from gpupt.edges.sysfs import Reader
+from gpupt.edges.tree import Reader
 from gpupt.errors import Failed
 from gpupt.model.preparation import Daemon, PreparationFacts
 

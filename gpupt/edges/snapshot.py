@@ -10,12 +10,14 @@ import io
 import os
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from gpupt.edges.sysfs import Reader
+from gpupt.edges.sysfs import PciReader
+from gpupt.edges.tree import Reader
 from gpupt.errors import Failed
+from gpupt.model.pci import PciAddress, PciDevice
 
 ATTRIBUTES = (
     "uevent", "vendor", "device", "class", "subsystem_vendor", "subsystem_device", "revision",
@@ -77,7 +79,7 @@ def add(archive: tarfile.TarFile, path: str, content: bytes | str | None) -> Non
 
 def entries(root: Path) -> Iterator[tuple[str, bytes | str | None]]:
     """Everything of the snapshot by its path: files, links and empty folders."""
-    reader = Reader(root)
+    reader = PciReader(root)
     for path in ALWAYS:
         yield from small_file(reader, path)
     yield from reduced_files(reader)
@@ -97,7 +99,9 @@ def entries(root: Path) -> Iterator[tuple[str, bytes | str | None]]:
         for size in reader.names(f"sys/devices/system/node/{node}/hugepages"):
             place = f"sys/devices/system/node/{node}/hugepages/{size}/nr_hugepages"
             yield from small_file(reader, place)
-    yield from critical_parts(reader)
+    # Without a bus there is nothing that a disk could be on.
+    devices = reader.devices() if reader.names(bus) else {}
+    yield from critical_parts(reader, devices)
 
 
 def reduced_files(reader: Reader) -> Iterator[tuple[str, bytes]]:
@@ -151,7 +155,9 @@ def function(reader: Reader, folder: str) -> Iterator[tuple[str, bytes | str | N
             yield from small_file(reader, f"{folder}/{kind}/{name}/boot_display")
 
 
-def critical_parts(reader: Reader) -> Iterator[tuple[str, bytes | str | None]]:
+def critical_parts(
+    reader: Reader, devices: Mapping[PciAddress, PciDevice]
+) -> Iterator[tuple[str, bytes | str | None]]:
     """What says which devices the host needs: mounts of disks, and the default route.
 
     The disks and interfaces get names of their own under the function they are on.
@@ -159,7 +165,7 @@ def critical_parts(reader: Reader) -> Iterator[tuple[str, bytes | str | None]]:
     from gpupt.edges.critical import disks, uplinks
 
     rows, seen, unknown = [], 0, False
-    for address, why in sorted(set(disks(reader))):
+    for address, why in sorted(set(disks(reader, devices))):
         if not why.endswith("is on it"):
             # Which disk it is was not found out, and is not to be on the recording either.
             unknown = True
@@ -179,7 +185,7 @@ def critical_parts(reader: Reader) -> Iterator[tuple[str, bytes | str | None]]:
         rows.append("99 1 0:1 / / rw - overlay overlay rw")
     yield "proc/self/mountinfo", ("\n".join(rows) + "\n").encode()
     routes = ["Iface\tDestination\tGateway\tFlags\tRefCnt\tUse\tMetric\tMask\tMTU\tWindow\tIRTT"]
-    for number, (address, _) in enumerate(sorted(set(uplinks(reader)))):
+    for number, (address, _) in enumerate(sorted(set(uplinks(reader, devices)))):
         yield f"sys/bus/pci/devices/{address}/net/net{number}", None
         yield (
             f"sys/class/net/net{number}",

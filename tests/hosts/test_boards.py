@@ -23,7 +23,7 @@ from gpupt.decide.viability import Preflight, assess_lending, closure
 from gpupt.edges.hostfacts import read_facts
 from gpupt.edges.pciids import with_names
 from gpupt.edges.snapshot import write_snapshot
-from gpupt.edges.sysfs import Reader, read_host
+from gpupt.edges.sysfs import PciReader, read_host
 from gpupt.model.gpus import state_of
 from gpupt.model.host import GpuState, Host, Records
 from gpupt.model.pci import Link, PciAddress
@@ -337,7 +337,7 @@ def test_ports_without_room_are_no_lack(quick_path: Path) -> None:
     assert all(bar.assigned for bar in last.bars)
 
 
-class Watching(Reader):
+class Watching(PciReader):
     """A reader that keeps which files it opened."""
 
     def __init__(self, root: Path) -> None:

@@ -17,7 +17,8 @@ from gpupt.cli.healthlook import look
 from gpupt.decide.health import OF_AMDGPU
 from gpupt.edges import amdgpu, replayfile
 from gpupt.edges.amdgpu import read_amdgpu
-from gpupt.edges.sysfs import Reader, read_host
+from gpupt.edges.sysfs import read_host
+from gpupt.edges.tree import Reader
 from gpupt.model.health import CheckResult, GpuReading, RetiredPages, Silence, Verdict
 
 ADDRESS = "0000:05:00.0"

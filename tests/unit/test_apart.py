@@ -14,7 +14,7 @@ from gpupt.decide.viability import Preflight, assess_lending
 from gpupt.edges import sysfs
 from gpupt.edges.apart import read_apart
 from gpupt.edges.kernel import Kernel
-from gpupt.edges.sysfs import Reader, read_host
+from gpupt.edges.sysfs import PciReader, read_host
 from gpupt.errors import DeadlineExceeded
 from gpupt.model.pci import PciAddress
 
@@ -102,13 +102,13 @@ def stuck_at(monkeypatch: pytest.MonkeyPatch, machine: Path, address: PciAddress
     monkeypatch.setattr(
         sysfs, "read_apart", lambda paths, deadline: read_apart(paths, deadline=0.3, read=read)
     )
-    whole = Reader.__init__
+    whole = PciReader.__init__
 
-    def live(self: Reader, root: Path) -> None:
+    def live(self: PciReader, root: Path) -> None:
         whole(self, root)
         self.top = None
 
-    monkeypatch.setattr(Reader, "__init__", live)
+    monkeypatch.setattr(PciReader, "__init__", live)
 
 
 @pytest.mark.parametrize("stuck", [GPU, OTHER])

@@ -17,7 +17,8 @@ from gpupt.decide.holding import holder_line, way_to_stop
 from gpupt.decide.viability import Preflight, assess_lending
 from gpupt.edges.cgroups import Place, place_of
 from gpupt.edges.holders import mapped_nodes, open_nodes, read_holders, read_place
-from gpupt.edges.sysfs import Reader, read_host
+from gpupt.edges.sysfs import read_host
+from gpupt.edges.tree import Reader
 from gpupt.model.facts import HostFacts
 from gpupt.model.host import Holder, Host, Severity
 from gpupt.model.pci import PciAddress

@@ -34,7 +34,8 @@ from gpupt.edges.hostfacts import read_facts
 from gpupt.edges.kernel import Kernel
 from gpupt.edges.pciids import with_names
 from gpupt.edges.routes import read_routes
-from gpupt.edges.sysfs import Reader, read_host
+from gpupt.edges.sysfs import read_host
+from gpupt.edges.tree import Reader
 from gpupt.errors import BadInput, GpuptError
 from gpupt.model.host import Loan, Records
 from gpupt.model.pci import PciAddress

@@ -10,7 +10,8 @@ from machines import unpack
 
 from gpupt.edges.hostfacts import address_bits, kernel_version
 from gpupt.edges.snapshot import write_snapshot
-from gpupt.edges.sysfs import Reader, read_host
+from gpupt.edges.sysfs import read_host
+from gpupt.edges.tree import Reader
 from gpupt.model.pci import Link, PciAddress
 
 GPU, DISK, SPARE = "0000:01:00.0", "0000:02:00.0", "0000:03:00.0"

@@ -17,7 +17,8 @@ from gpupt.decide.binding import plan_attach, plan_detach
 from gpupt.decide.viability import Preflight
 from gpupt.edges.display import read_display
 from gpupt.edges.journal import Journal, read_ledger
-from gpupt.edges.sysfs import Reader, read_host
+from gpupt.edges.sysfs import read_host
+from gpupt.edges.tree import Reader
 from gpupt.errors import Failed
 from gpupt.model.host import Display
 from gpupt.model.pci import PciAddress

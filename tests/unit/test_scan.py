@@ -9,7 +9,8 @@ import pytest
 from fakekernel import Function, plant
 from machines import MACHINES
 
-from gpupt.edges.sysfs import Reader, read_host
+from gpupt.edges.sysfs import PciReader, read_host
+from gpupt.edges.tree import Reader
 from gpupt.errors import BadInput
 
 CARD = Function("0000:01:00.0", "10de:2330", 0x030200, "nvidia", group=1)
@@ -129,7 +130,7 @@ def test_a_link_to_nothing_is_no_function(tree: Path) -> None:
 @pytest.mark.parametrize("machine", MACHINES)
 def test_the_live_machine_is_read_as_its_record_is(tmp_path: Path, machine: str) -> None:
     MACHINES[machine](tmp_path)
-    recorded, live = Reader(tmp_path), Reader(tmp_path)
+    recorded, live = PciReader(tmp_path), PciReader(tmp_path)
     live.top = None
     for reader in (recorded, live):
         reader.stand_in("sys/bus")

@@ -10,7 +10,8 @@ from fakekernel import Function, plant
 from machines import MACHINES, emulated_host, laptop, server, with_disk
 
 from gpupt.edges.holders import read_holders, vfio_to_be_had
-from gpupt.edges.sysfs import Reader, read_host
+from gpupt.edges.sysfs import read_host
+from gpupt.edges.tree import Reader
 from gpupt.errors import BadInput
 from gpupt.model.host import Critical
 from gpupt.model.pci import Bar, DriverBinding, Link, PciAddress, PciId
