@@ -267,15 +267,31 @@ def telling_fences(settings: Settings, journal: Journal) -> Iterator[None]:
                 settings.say(f"{gpu} is fenced: {fence.reason}; gpupt status says more")
 
 
-def check_health(settings: Settings) -> Callable[[PciAddress], GpuHealth | None]:
-    """What tells how well a GPU is that came back."""
+class ReturnCheck:
+    """How well a GPU is that came back: all that came back, and are on loan until they were
+    looked at, are looked at at once.
 
-    def check(gpu: PciAddress) -> GpuHealth | None:
+    A look serves each of them once, and on the driver that it was on then."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.known: dict[PciAddress, GpuHealth] = {}
+
+    def __call__(self, gpu: PciAddress) -> GpuHealth | None:
+        known = self.known.pop(gpu, None)
+        driver = Reader(self.settings.root).link(f"sys/bus/pci/devices/{gpu}/driver")
+        if known is not None and known.driver == driver:
+            return known
         from gpupt.cli.healthlook import gate
 
-        return gate(settings, {gpu}, lending=False).get(gpu)
-
-    return check
+        loans = read_ledger(self.settings.state).loans
+        home = {
+            each.address
+            for each in read_host(self.settings.root).gpus
+            if each.address in loans and each.device.binding.driver not in {None, VFIO}
+        }
+        self.known = gate(self.settings, home | {gpu}, lending=False)
+        return self.known.pop(gpu, None)
 
 
 @contextmanager
@@ -283,9 +299,7 @@ def open_world(settings: Settings, *, cluster: Any = None) -> Iterator[World]:
     """The world of this host, held for changing; ``cluster`` is its ClusterWorld, if any."""
     with Journal(settings.state) as journal:
         kernel = settings.kernel(settings.root) if settings.kernel else Kernel(settings.root)
-        yield World(
-            kernel, journal, settings.detail, cluster=cluster, health=check_health(settings)
-        )
+        yield World(kernel, journal, settings.detail, cluster=cluster, health=ReturnCheck(settings))
 
 
 def cluster_of(settings: Settings, runs: Iterable[Run]) -> Any:

@@ -15,7 +15,7 @@ from gpupt.actions import Action, Ledger, Plan
 from gpupt.apply.clusterworld import ClusterWorld
 from gpupt.apply.execute import execute
 from gpupt.apply.world import World
-from gpupt.cli.binding import Gate, check_health, read_preflight, telling_fences
+from gpupt.cli.binding import Gate, ReturnCheck, read_preflight, telling_fences
 from gpupt.cli.clusterworld import (
     Outlook,
     cluster_world,
@@ -360,7 +360,7 @@ def changing_world(settings: Settings, ours: ClusterWorld, *, watch: Stopwatch) 
                     settings.say,
                     cluster=ours,
                     boundary=watch,
-                    health=check_health(settings),
+                    health=ReturnCheck(settings),
                 )
         finally:
             ours.hang_up_all()

@@ -25,6 +25,7 @@ from gpupt.apply.host import check_gpu, fence_for
 from gpupt.apply.waits import require_well
 from gpupt.apply.world import World
 from gpupt.cli import healthlook
+from gpupt.cli.binding import ReturnCheck
 from gpupt.decide.allocation import allocate
 from gpupt.decide.facts import NodeFacts
 from gpupt.decide.viability import about_health
@@ -453,3 +454,56 @@ def test_a_host_with_the_driver_alone_lends_by_what_sysfs_and_the_log_say(
     assert "NVIDIA's library is not installed" in said.stderr
     assert host.type("attach", ONE, "--yes")[0] == 0
     assert read_ledger(host.state).fences == {}
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
+    """Which cards each look was at."""
+    looks: list[set[str]] = []
+    real = healthlook.gate
+
+    def look(settings: Any, gpus: Any, **more: Any) -> Any:
+        looks.append({str(gpu) for gpu in gpus})
+        return real(settings, gpus, **more)
+
+    monkeypatch.setattr(healthlook, "gate", look)
+    return looks
+
+
+@needs_compiler
+def test_cards_that_come_back_together_are_looked_at_together(
+    host: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert host.type("detach", "--all", "--yes")[0] == 0
+    host.let(TWO, remapped=(1, 1, 0, 1))
+    looks = counted(monkeypatch)
+    assert host.type("attach", "--all", "--yes")[0] == 0
+    assert looks == [{ONE, TWO}]
+    assert list(map(str, read_ledger(host.state).fences)) == [TWO]
+
+
+@needs_compiler
+def test_a_look_from_before_a_card_came_back_is_not_used(
+    host: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = ReturnCheck(host.settings)
+    one, two = PciAddress.parse(ONE), PciAddress.parse(TWO)
+    assert host.type("detach", "--all", "--yes")[0] == 0
+    looks = counted(monkeypatch)
+    # Both have their loans still, and one is on its driver; then the other is, too.
+    for address in (ONE, TWO):
+        (host.kernel.root / f"sys/bus/pci/devices/{address}/driver").unlink()
+        host.kernel.attach(address, "nvidia")
+        assert check(PciAddress.parse(address)) is not None
+    assert looks == [{ONE}, {ONE, TWO}]
+    assert check(one) is not None
+    assert looks == [{ONE}, {ONE, TWO}]
+    host.let(TWO, remapped=(1, 1, 0, 1))
+    found = check(two)
+    assert found is not None
+    assert (found.status, looks[2:]) == (Verdict.FAIL, [{ONE, TWO}])
+    # The same card again is looked at again.
+    host.let(TWO, remapped=(0, 0, 0, 0))
+    again = check(two)
+    assert again is not None
+    assert again.status is not Verdict.FAIL
+    assert len(looks) == 4
