@@ -25,8 +25,9 @@ from gpupt.edges.tree import Reader
 from gpupt.errors import BadInput, Failed, Refused
 from gpupt.model.gpus import VFIO
 from gpupt.model.health import GpuHealth
-from gpupt.model.host import Fence, Host
+from gpupt.model.host import Fence, Finding, Host, Severity
 from gpupt.model.pci import PciAddress
+from gpupt.report.cluster import finding_json
 
 
 @click.command()
@@ -70,7 +71,7 @@ def detach(
     require_one_of(gpus, everything, verb="detach", remedy="gpupt list shows them")
     wanted = tuple(named_gpu(text, state=settings.state) for text in gpus)
 
-    said: set[str] = set()
+    leaving = Leaving(settings)
     health_of = Gate(settings, wanted=not unhealthy)
 
     def decide(host: Host, ledger: Ledger) -> Plan:
@@ -86,7 +87,7 @@ def detach(
             chosen, left = choose_all(host, loans=ledger.loans, preflight=preflight)
             if not chosen:
                 raise none_left(left)
-            say_once(settings, said, (f"leaving {address}: {why}" for address, why in left))
+            leaving(left)
         return plan_detach(
             host,
             gpus=chosen,
@@ -95,7 +96,7 @@ def detach(
             persist=read_boot_rules(settings.root, host.devices) if persist else None,
         )
 
-    change(settings, decide, dry_run=dry_run, yes=yes)
+    change(settings, decide, dry_run=dry_run, yes=yes, leaving=leaving)
 
 
 @click.command()
@@ -120,20 +121,20 @@ def attach(
     require_one_of(gpus, everything, verb="attach", remedy="gpupt status shows them")
     wanted = tuple(named_gpu(text, state=settings.state) for text in gpus)
 
-    said: set[str] = set()
+    leaving = Leaving(settings)
 
     def decide(host: Host, ledger: Ledger) -> Plan:
         chosen = wanted
         if everything:
             chosen, staying = free_loans(ledger.loans)
-            say_once(settings, said, staying)
+            leaving(staying)
         boot = read_boot_rules(settings.root)
         holders = holders_of(
             settings.root, host, {gpu: ledger.loans[gpu] for gpu in chosen if gpu in ledger.loans}
         )
         return plan_attach(host, gpus=chosen, loans=ledger.loans, boot=boot, holders=holders)
 
-    change(settings, decide, dry_run=dry_run, yes=yes)
+    change(settings, decide, dry_run=dry_run, yes=yes, leaving=leaving)
 
 
 def require_one_of(gpus: tuple[str, ...], everything: bool, *, verb: str, remedy: str) -> None:
@@ -160,21 +161,37 @@ def none_left(left: Iterable[tuple[PciAddress, str]]) -> Refused:
     )
 
 
-def free_loans(loans: Loans) -> tuple[tuple[PciAddress, ...], list[str]]:
-    """The GPUs that ``attach --all`` gives back, and a line for each that stays with its node."""
+def free_loans(
+    loans: Loans,
+) -> tuple[tuple[PciAddress, ...], list[tuple[PciAddress, str]]]:
+    """The GPUs that ``attach --all`` gives back, and those that stay with their nodes."""
     lent = [loan for loan in loans.values() if loan.node is not None]
     return (
         tuple(loan.gpu for loan in loans.values() if loan.node is None),
-        [f"leaving {loan.gpu}: lent to {loan.cluster}/{loan.node}" for loan in lent],
+        [(loan.gpu, f"lent to {loan.cluster}/{loan.node}") for loan in lent],
     )
 
 
-def say_once(settings: Settings, said: set[str], lines: Iterable[str]) -> None:
-    """Say what was not said yet: a plan is decided again under the lock."""
-    for line in lines:
-        if line not in said:
-            said.add(line)
-            settings.say(line)
+class Leaving:
+    """The GPUs that ``--all`` leaves where they are, and why: said once, though a plan is
+    decided again under the lock, and among the plan's findings."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.left: dict[PciAddress, str] = {}
+
+    def __call__(self, left: Iterable[tuple[PciAddress, str]]) -> None:
+        for gpu, why in left:
+            if self.left.get(gpu) != why:
+                self.left[gpu] = why
+                self.settings.say(f"leaving {gpu}: {why}")
+
+    @property
+    def findings(self) -> list[dict[str, Any]]:
+        return [
+            finding_json(Finding("left", Severity.INFO, str(gpu), why))
+            for gpu, why in self.left.items()
+        ]
 
 
 def read_preflight(
@@ -231,15 +248,17 @@ def change(
     *,
     dry_run: bool,
     yes: bool,
+    leaving: Leaving | None = None,
 ) -> None:
     """Decide, show, ask, and carry out what was shown; nothing is touched before consent."""
     from gpupt.apply.execute import execute
 
     require_live(settings, dry_run=dry_run)
     plan = decide(read_host(settings.root, whole=True), read_ledger(settings.state))
-    if not consent(settings, plan, dry_run=dry_run, yes=yes):
+    findings = [] if leaving is None else leaving.findings
+    if not consent(settings, plan, dry_run=dry_run, yes=yes, findings=findings):
         if settings.as_json and not dry_run and not plan.actions:
-            settings.emit(plan_json(plan))
+            settings.emit(plan_json(plan, findings))
         return
     with open_world(settings) as world:
         now = decide(read_host(settings.root, whole=True), world.journal.ledger)
@@ -251,7 +270,7 @@ def change(
         with telling_fences(settings, world.journal):
             execute(plan, world=world)
     if settings.as_json:
-        settings.emit(plan_json(plan))
+        settings.emit(plan_json(plan, findings))
     settings.say(f"{plan.verb} {plan.subject}: done")
 
 

@@ -146,11 +146,17 @@ def plan_json(plan: Plan, findings: Iterable[Mapping[str, Any]] = ()) -> dict[st
     }
 
 
-def show_plan(settings: Settings, plan: Plan, *, asked_for: bool) -> None:
+def show_plan(
+    settings: Settings,
+    plan: Plan,
+    *,
+    asked_for: bool,
+    findings: Iterable[Mapping[str, Any]] = (),
+) -> None:
     """Print the plan: ``asked_for``, it is the data and goes to stdout, as JSON where that is
     wanted; else it goes to stderr, for the person who is asked about it."""
     if settings.as_json and asked_for:
-        settings.emit(plan_json(plan))
+        settings.emit(plan_json(plan, findings))
         return
     from gpupt.report.plan import plan_lines
 
@@ -158,7 +164,14 @@ def show_plan(settings: Settings, plan: Plan, *, asked_for: bool) -> None:
         click.echo(line, err=not asked_for)
 
 
-def consent(settings: Settings, plan: Plan, *, dry_run: bool, yes: bool) -> bool:
+def consent(
+    settings: Settings,
+    plan: Plan,
+    *,
+    dry_run: bool,
+    yes: bool,
+    findings: Iterable[Mapping[str, Any]] = (),
+) -> bool:
     """Show the plan and ask; True when it is to be carried out.
 
     False: nothing to do, a dry run, or a person said no.  With no terminal nothing is
@@ -166,11 +179,11 @@ def consent(settings: Settings, plan: Plan, *, dry_run: bool, yes: bool) -> bool
     """
     if not plan.actions:
         if settings.as_json and dry_run:
-            settings.emit(plan_json(plan))
+            settings.emit(plan_json(plan, findings))
         settings.say(f"{plan.verb} {plan.subject}: nothing to do")
         return False
     if dry_run or not (yes and settings.as_json):
-        show_plan(settings, plan, asked_for=dry_run)
+        show_plan(settings, plan, asked_for=dry_run, findings=findings)
     if dry_run:
         return False
     if yes:

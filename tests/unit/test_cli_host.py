@@ -83,6 +83,14 @@ def test_info_for_people(tmp_path: Path, golden: Golden, machine: str, gpu: str)
     golden(f"machines/info-{machine}.txt", result.stdout)
 
 
+def test_a_program_is_told_what_is_left(host: Host) -> None:
+    for words in (["--dry-run"], ["--yes"]):
+        status, result = host.type("--json", "detach", "--all", *words)
+        (left,) = json.loads(result.stdout)["findings"]
+        assert (status, left["id"], left["subject"]) == (0, "left", "0000:03:00.0")
+        assert left["brief"] == "it is the boot display"
+
+
 def test_detach_for_people(host: Host, golden: Golden) -> None:
     status, result = host.type("detach", "--all", "--dry-run")
     assert status == 0
