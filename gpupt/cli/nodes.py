@@ -21,6 +21,7 @@ from gpupt.decide.lent import assess_lent
 from gpupt.edges.clusterfolder import ClusterFolder, ClusterRecord, read_clusters
 from gpupt.edges.holders import holders_of
 from gpupt.edges.hypervisor import Hypervisor
+from gpupt.edges.job import LATE, run_job
 from gpupt.edges.journal import read_ledger, read_past_clusters
 from gpupt.edges.rolls import read_rolls
 from gpupt.edges.sysfs import read_host
@@ -159,6 +160,7 @@ def run(settings: Settings, /, name: str, job: str, arguments: tuple[str, ...]) 
     """Run a roll's job on a cluster's frontend.
 
     What the job says goes to stderr as it comes; its result, one JSON object, to stdout.
+    Ctrl-C ends it on the nodes too.
 
     \b
     Examples:
@@ -173,18 +175,18 @@ def run(settings: Settings, /, name: str, job: str, arguments: tuple[str, ...]) 
     ours = cluster_world(settings)
     try:
         node = ours.ssh(name, frontend, deadline=ANSWER_SECONDS)
-        # timeout(1) ends the job there too when this end gives up or is cut off.
-        argv = ("timeout", str(chosen.deadline), *chosen.command, *arguments)
-        done = node.run(argv, deadline=chosen.deadline + 30, on_line=settings.say, check=False)
+        argv = (*chosen.command, *arguments)
+        done = run_job(node, argv, deadline=chosen.deadline, on_line=settings.say)
     finally:
         ours.close()
-    if done.status == 124:
+    if done.status == LATE:
         raise Failed(f"{job} did not end within {chosen.deadline} s")
+    said = tuple((done.stderr.strip() or done.stdout.strip()).splitlines()[-12:])
+    if done.status == 2 and arguments:
+        # What a program says of arguments that it does not take.
+        raise BadInput(f"{job} does not take these arguments", details=said)
     if done.status != 0:
-        raise Failed(
-            f"{job} failed with status {done.status}",
-            details=tuple((done.stderr.strip() or done.stdout.strip()).splitlines()[-12:]),
-        )
+        raise Failed(f"{job} failed with status {done.status}", details=said)
     result = last_json(done.stdout)
     if result is None:
         raise Failed(
