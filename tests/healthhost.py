@@ -127,4 +127,5 @@ def hear(machine: Machine, library: Path, patch: pytest.MonkeyPatch) -> Machine:
     patch.setenv("LD_LIBRARY_PATH", str(library))
     patch.setenv("FAKE_NVML_CONF", str(machine.scenario))
     patch.setattr(healthlook, "SAMPLES_APART", 0.01)
+    patch.setattr(healthlook, "CARD_SECONDS", 0.75)
     return machine

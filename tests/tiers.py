@@ -164,8 +164,8 @@ def lint() -> Counts:
 def unit() -> Counts:
     marks = " and ".join(f"not {name}" for name in SLOW)
     folders = [f"tests/{name}" for name in ("unit", "golden", "hosts")]
-    # Many of them wait for a deadline to pass: there are more of them than cores.
-    workers = ("-n", str((os.cpu_count() or 1) + 2), "--dist", "worksteal")
+    # Some of them wait for a deadline to pass: there is a worker more than there are cores.
+    workers = ("-n", str((os.cpu_count() or 1) + 1), "--dist", "worksteal")
     tests = [folder for folder in folders if (HERE / folder).is_dir()]
     return pytest("-m", marks, *workers, *tests, deadline=600)
 

@@ -46,14 +46,14 @@ def test_check_that_never_passes_says_what_it_said_last(server: Server) -> None:
     began = time.monotonic()
     with connect(server) as ssh, pytest.raises(DeadlineExceeded) as caught:
         pass_check(
-            check("sh", "-c", "echo no worker yet >&2; exit 1", deadline=6),
+            check("sh", "-c", "echo no worker yet >&2; exit 1", deadline=3),
             node=lambda: ssh,
             drop=ssh.close,
             roll="spark",
             narrate=said.append,
         )
     assert time.monotonic() - began < 30
-    assert caught.value.brief == "spark: ready did not pass on the test server within 6 s"
+    assert caught.value.brief == "spark: ready did not pass on the test server within 3 s"
     assert caught.value.details[-1] == "no worker yet"
 
 
