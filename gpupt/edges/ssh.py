@@ -235,7 +235,7 @@ class Ssh:
                 answer = connection.getresponse()
                 body = answer.read()
             finally:
-                connection.close()
+                channel.close()
         except (OSError, EOFError, paramiko.SSHException, http.client.HTTPException) as error:
             raise Failed(f"{self.name} does not serve {page}", details=str(error)) from None
         if answer.status != 200:
@@ -263,6 +263,10 @@ class _ChannelConnection(http.client.HTTPConnection):
 
     def connect(self) -> None:
         """Nothing to do: the channel is the connection."""
+
+    def close(self) -> None:
+        """Nothing to do before the page is read: a server that keeps no connection is left as
+        soon as its headers are there, and a closed channel, unlike a socket, reads nothing."""
 
 
 def _known_name(host: str, port: int) -> str:

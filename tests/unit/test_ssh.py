@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -133,3 +135,28 @@ def test_files_travel(server: Server, tmp_path: Path) -> None:
 def test_a_page_that_nobody_serves(server: Server) -> None:
     with connect(server) as ssh, pytest.raises(Failed, match="does not serve localhost"):
         ssh.http_get(free_port(), "/json/", deadline=5)
+
+
+class Slow(BaseHTTPRequestHandler):
+    """Keeps no connection, and takes its time between the headers and the page."""
+
+    def do_GET(self) -> None:
+        page = self.path.encode() * 1000
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(page)))
+        self.end_headers()
+        self.wfile.flush()
+        time.sleep(0.3)
+        self.wfile.write(page)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Tell nobody."""
+
+
+def test_a_page_that_comes_after_its_headers_is_whole(server: Server) -> None:
+    with HTTPServer(("127.0.0.1", 0), Slow) as pages, connect(server) as ssh:
+        threading.Thread(target=pages.serve_forever, daemon=True).start()
+        try:
+            assert ssh.http_get(pages.server_port, "/json/", deadline=10) == b"/json/" * 1000
+        finally:
+            pages.shutdown()
