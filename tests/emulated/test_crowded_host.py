@@ -226,13 +226,15 @@ def test_without_virtual_functions_the_whole_card_goes(
 def test_a_kernel_without_vfio_pci(host: Host, crowded_as_booted: Facts) -> None:
     module = host.run("modinfo", "-n", "vfio-pci").stdout.strip()
     host.sh("modprobe -r vfio-pci")
-    host.sh(f"mv {module} {BENCH}/ && depmod", deadline=300)
+    # What depmod would write, of the one file that says so to people, in no time.
+    listed = f"{module.partition('/kernel/')[0]}/modules.dep"
+    host.sh(f"cp {listed} {BENCH}/ && mv {module} {BENCH}/ && sed -i '/vfio-pci.ko/d' {listed}")
     try:
         (found,) = doctor(host)["vfio-missing"]
         assert found["severity"] == "fail"
         assert "the kernel has no vfio-pci" in refusal(host, "detach", ALONE, "--yes")
     finally:
-        host.sh(f"mv {BENCH}/$(basename {module}) {module} && depmod", deadline=300)
+        host.sh(f"mv {BENCH}/$(basename {module}) {module} && mv {BENCH}/modules.dep {listed}")
     assert "vfio-missing" not in doctor(host)
     host.gpupt("detach", ALONE, "--yes")
     host.gpupt("attach", ALONE, "--yes")

@@ -58,16 +58,22 @@ def test_a_guest_has_its_gpu_and_keeps_it(host: Host, guest: TinyGuest, is_home:
     is_home()
 
 
-def test_what_a_guest_holds_is_not_given_back(
+def test_what_a_guest_holds_is_not_given_back_with_libvirtd_killed_or_not(
     host: Host, guest: TinyGuest, is_home: IsHome
 ) -> None:
+    """With libvirtd, and when that is killed."""
+    pid = guest.pid
     said = refusal(host, "attach", GPU, "--yes")
-    assert f"PID {guest.pid}" in said
+    assert f"PID {pid}" in said
     assert "/dev/vfio/" in said
     kill_libvirtd(host)
-    assert f"PID {guest.pid}" in refusal(host, "attach", GPU, "--yes")
-    assert ID in (guest.seen() or ())
+    assert host.sh(f"test -e /proc/{pid}", check=False).status == 0, "a guest outlives libvirtd"
+    assert "libvirt-unreachable" in doctor(host)
+    reading_verbs_answer(host)
+    assert f"PID {pid}" in refusal(host, "attach", GPU, "--yes")
     host.sh(DAEMONS)
+    assert guest.state == "running"
+    assert ID in (guest.seen() or ())
     guest.destroy()
     host.gpupt("attach", GPU, "--yes")
     is_home()
@@ -89,19 +95,6 @@ def kill_libvirtd(host: Host) -> None:
     host.sh(f"systemctl mask --runtime libvirtd.service {SOCKETS}")
     host.sh(f"systemctl kill -s KILL libvirtd.service; systemctl stop {SOCKETS}")
     host.sh("while systemctl -q is-active libvirtd.service; do sleep 0.3; done")
-
-
-def test_libvirtd_killed(host: Host, guest: TinyGuest, is_home: IsHome) -> None:
-    pid = guest.pid
-    kill_libvirtd(host)
-    assert host.sh(f"test -e /proc/{pid}", check=False).status == 0, "a guest outlives libvirtd"
-    assert "libvirt-unreachable" in doctor(host)
-    reading_verbs_answer(host)
-    host.sh(DAEMONS)
-    assert guest.state == "running"
-    guest.destroy()
-    host.gpupt("attach", GPU, "--yes")
-    is_home()
 
 
 def test_both_killed(host: Host, guest: TinyGuest, is_home: IsHome) -> None:

@@ -117,10 +117,9 @@ def test_what_a_guest_had_is_reset_for_real_and_looked_at(
     is_home()
 
 
-def test_a_library_that_hangs_or_crashes_never_passes(host: Host, scenario: Scenario) -> None:
-    for broken in (fakenvml.HANG, fakenvml.CRASH):
-        scenario(temperature=broken)
-        assert statuses(host, status=2)[CARD] == "fail"
+def test_a_library_that_crashes_never_passes(host: Host, scenario: Scenario) -> None:
+    scenario(temperature=fakenvml.CRASH)
+    assert statuses(host, status=2)[CARD] == "fail"
 
 
 # In a node: the image that it boots gets the library, as a roll of somebody's would bring it.
