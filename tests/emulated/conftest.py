@@ -68,7 +68,7 @@ def host(connected: Host, as_booted: Facts) -> Iterator[Host]:
     """The host with everything of it at home, before the test and after."""
     yield connected
     # One that a test stopped, and then failed, would keep the lock from all that come after it.
-    connected.sh("pkill -KILL -f dying.py", check=False)
+    connected.sh("pkill -KILL -f [d]ying.py", check=False)
     left = as_booted.differences(connected.facts())
     if left:
         connected.run("gpupt", "recover", "--yes", check=False)
