@@ -160,6 +160,7 @@ def info(settings: Settings, *, gpu: str) -> None:
         reasons=reasons,
         names=names,
         colour=terminal_colour(),
+        width=terminal_width(),
     ):
         click.echo(line)
 

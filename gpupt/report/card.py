@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from gpupt.model.gpus import fence_of, state_of
 from gpupt.model.host import Finding, Gpu, GpuState, Host, Records
 from gpupt.model.pci import PciAddress, PciId
-from gpupt.report.tables import Cell, driver_of, link_of, paint, size_of, table
+from gpupt.report.tables import Cell, GpuName, driver_of, link_of, paint, size_of, table
 
 CLASSES = {
     0x0100: "SCSI",
@@ -44,6 +44,7 @@ def info_lines(
     reasons: Sequence[Finding],
     names: Mapping[PciId, str],
     colour: bool,
+    width: int | None = None,
 ) -> list[str]:
     """What it is, what leaves the host with it, and whether it can be detached now."""
     device = gpu.device
@@ -73,7 +74,13 @@ def info_lines(
     lines += ["", "leave the host together:" if len(leaving) > 1 else "leaves the host by itself:"]
     lines += [
         f"  {line}"
-        for line in leaving_table(gpu, host=host, leaving=leaving, names=names, colour=colour)
+        for line in leaving_table(
+            host=host,
+            leaving=leaving,
+            names=names,
+            colour=colour,
+            width=None if width is None else width - 2,
+        )
     ]
     staying = [
         member
@@ -98,14 +105,20 @@ def info_lines(
 
 
 def leaving_table(
-    gpu: Gpu,
     *,
     host: Host,
     leaving: Sequence[PciAddress],
     names: Mapping[PciId, str],
     colour: bool,
+    width: int | None,
 ) -> list[str]:
     """A line for each function that goes along."""
+    titles = {address: names.get(host.devices[address].id, "") for address in leaving}
+    makers = {title.partition(" ")[0] for title in titles.values()}
+    if width is not None and len(makers) == 1:
+        # The first line of all says whose card it is: there is room for what each is.
+        shorter = GpuName.without_suffixes
+        titles = {a: shorter(title).partition(" ")[2] for a, title in titles.items()}
     rows = []
     for address in leaving:
         device = host.devices[address]
@@ -117,10 +130,12 @@ def leaving_table(
                 Cell(driver_of(device)),
                 Cell(class_name(device.class_code)),
                 Cell(str(device.id), "dim"),
-                Cell(names.get(device.id, "")),
+                Cell(titles[address]),
             ]
         )
-    return table(["FUNCTION", "GROUP", "DRIVER", "CLASS", "ID", "NAME"], rows, colour=colour)
+    return table(
+        ["FUNCTION", "GROUP", "DRIVER", "CLASS", "ID", "NAME"], rows, colour=colour, width=width
+    )
 
 
 def class_name(class_code: int) -> str:

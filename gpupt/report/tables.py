@@ -134,9 +134,13 @@ class GpuName:
             notes.append(f"VF of {device.physfn}")
         if device.sriov_numvfs:
             notes.append(f"{device.sriov_numvfs} VFs")
-        # The names of pci.ids, without what only lawyers read.
-        name = (device.name or "").replace(" Corporation", "").replace(", Inc.", "")
+        name = cls.without_suffixes(device.name or "")
         return cls(name, f"({', '.join(notes)})" if notes else "")
+
+    @staticmethod
+    def without_suffixes(name: str) -> str:
+        """A name of pci.ids, without what only lawyers read."""
+        return name.replace(" Corporation", "").replace(", Inc.", "")
 
     @property
     def whole(self) -> str:
