@@ -26,6 +26,7 @@ KINDS = (
     ("0x10de", "0x22ba", "0x040300", "snd_hda_intel"),
     ("0x8086", "0x1592", "0x020000", "ice"),
 )
+MODALIAS = "pci:v{:08X}d{:08X}sv{:08X}sd{:08X}bc{:02X}sc{:02X}i{:02X}"
 
 
 def make_tree(root: Path, count: int, *, gpus: int | None = None) -> Path:
@@ -64,9 +65,10 @@ def plant(root: Path, number: int, *, gpus: int) -> None:
         "driver_override": "(null)",
         "numa_node": str(card % 2),
         # What the kernel tells of a function in one read; every real sysfs has it.
-        "uevent": f"DRIVER={driver}\nPCI_CLASS={class_code[3:].upper()}\n"
-        f"PCI_ID={vendor[2:].upper()}:{device[2:].upper()}\n"
-        f"PCI_SUBSYS_ID={vendor[2:].upper()}:1626\nPCI_SLOT_NAME={address}",
+        "modalias": MODALIAS.format(
+            *(int(part, 16) for part in (vendor, device, vendor, "0x1626")),
+            *bytes.fromhex(class_code[2:]),
+        ),
         "irq": "16",
         "enable": "1",
         "current_link_speed": "32.0 GT/s PCIe",

@@ -167,7 +167,6 @@ def with_secrets(place: Path, *, virtual: bool) -> None:
     (place / "config").write_bytes(bytes(config) + SERIAL.encode().ljust(192, b"\0"))
     (place / "serial_number").write_text(f"{MAC[:8]}-ff-fe-{MAC[9:]}\n")
     (place / "vpd").write_bytes(f"SN {SERIAL}".encode())
-    (place / "uevent").write_text((place / "uevent").read_text() + "MODALIAS=pci:v\n")
 
 
 def with_rest(

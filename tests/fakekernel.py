@@ -148,7 +148,6 @@ class FakeKernel(Kernel):
             if bound != driver:
                 return errno.ENODEV
             (folder / "driver").unlink()
-            self.tell(address)
         elif operation == "drivers_probe":
             chosen = next((name for name in self.ids if self.matches(name, address)), None)
             if bound is None and chosen is not None:
@@ -184,14 +183,6 @@ class FakeKernel(Kernel):
     def attach(self, address: str, driver: str) -> None:
         folder = self.root / "sys/bus/pci/devices" / address
         (folder / "driver").symlink_to(f"../../../bus/pci/drivers/{driver}")
-        self.tell(address)
-
-    def tell(self, address: str) -> None:
-        """Bring uevent up to date, as the kernel makes it anew for each reader."""
-        file = self.root / "sys/bus/pci/devices" / address / "uevent"
-        lines = [line for line in file.read_text().splitlines() if not line.startswith("DRIVER=")]
-        driver = self.driver_of(address)
-        file.write_text("\n".join([*([f"DRIVER={driver}"] if driver else []), *lines]) + "\n")
 
     def tree(self) -> dict[str, str]:
         """Everything in the tree, for comparison: files by their text, links by their target."""
@@ -250,15 +241,7 @@ def plant_function(root: Path, function: Function) -> None:
         "revision": f"0x{function.revision:02x}",
         "numa_node": str(function.numa),
         "driver_override": function.override or "(null)",
-        "uevent": "\n".join(
-            [
-                *([f"DRIVER={function.driver}"] if function.driver else []),
-                f"PCI_CLASS={function.class_code:X}",
-                f"PCI_ID={vendor.upper()}:{device.upper()}",
-                f"PCI_SUBSYS_ID={sub_vendor.upper()}:{sub_device.upper()}",
-                f"PCI_SLOT_NAME={function.address}",
-            ]
-        ),
+        "modalias": modalias(function.id, function.class_code, function.subsystem),
         "resource": resource_text(function.bars),
         **function.more,
     }
@@ -293,6 +276,14 @@ def plant_function(root: Path, function: Function) -> None:
             f"../../../../devices/pci0000:00/{function.address}"
         )
         (place / "iommu_group").symlink_to(f"../../../kernel/iommu_groups/{function.group}")
+
+
+def modalias(ids: str, class_code: int, subsystem: str = "0000:0000") -> str:
+    """What the kernel calls such a function when it looks for a driver."""
+    numbers = (int(part, 16) for part in f"{ids}:{subsystem}".split(":"))
+    return "pci:v{:08X}d{:08X}sv{:08X}sd{:08X}bc{:02X}sc{:02X}i{:02X}".format(
+        *numbers, *class_code.to_bytes(3, "big")
+    )
 
 
 def resource_text(bars: Sequence[tuple[int, int, int]]) -> str:

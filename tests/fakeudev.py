@@ -23,7 +23,6 @@ def boot(kernel: FakeKernel) -> None:
     for name in names:
         (folder / name / "driver_override").write_text("(null)\n")
         (folder / name / "driver").unlink(missing_ok=True)
-        kernel.tell(name)
     for name in names:
         kernel.probe(PciAddress.parse(name))
     rules = sorted((kernel.root / "etc/udev/rules.d").glob("*.rules"))

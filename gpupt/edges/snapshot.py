@@ -20,7 +20,7 @@ from gpupt.errors import Failed
 from gpupt.model.pci import PciAddress, PciDevice
 
 ATTRIBUTES = (
-    "uevent", "vendor", "device", "class", "subsystem_vendor", "subsystem_device", "revision",
+    "vendor", "device", "class", "subsystem_vendor", "subsystem_device", "revision",
     "modalias", "numa_node", "boot_vga", "driver_override", "resource", "reset_method",
     "d3cold_allowed", "power_state", "power/runtime_status", "current_link_width",
     "max_link_width", "current_link_speed", "max_link_speed", "sriov_numvfs", "sriov_totalvfs",

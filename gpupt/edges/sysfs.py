@@ -33,6 +33,11 @@ from gpupt.model.pci import (
 # An address as the kernel writes it (pci_setup_device in drivers/pci/probe.c).
 NAME = re.compile(r"(?:[0-9a-f]{4}|[1-9a-f][0-9a-f]{4,7}):[0-9a-f]{2}:[01][0-9a-f]\.[0-7]")
 IN_ORDER = attrgetter("address.domain", "address.bus", "address.device", "address.function")
+# modalias_show in drivers/pci/pci-sysfs.c: ids, and the class in three parts.
+MODALIAS = re.compile(
+    rb"pci:v0000([0-9A-F]{4})d0000([0-9A-F]{4})sv0000([0-9A-F]{4})sd0000([0-9A-F]{4})"
+    rb"bc([0-9A-F]{2})sc([0-9A-F]{2})i([0-9A-F]{2})\s*$"
+)
 NO_LINK = Link()
 # linux/ioport.h
 IORESOURCE_MEM = 0x200
@@ -98,19 +103,18 @@ def read_critical(reader: Reader, devices: Mapping[PciAddress, PciDevice]) -> tu
     return find_critical(reader, devices)
 
 
-def kind_in(uevent: bytes) -> tuple[PciId, PciId, int] | None:
-    """The ids, the subsystem's ids and the class in the lines of an uevent."""
-    facts = dict(line.partition(b"=")[::2] for line in uevent.splitlines())
-    try:
-        vendor, _, device = facts[b"PCI_ID"].partition(b":")
-        subvendor, _, subdevice = facts[b"PCI_SUBSYS_ID"].partition(b":")
-        return (
-            PciId(int(vendor, 16), int(device, 16)),
-            PciId(int(subvendor, 16), int(subdevice, 16)),
-            int(facts[b"PCI_CLASS"], 16),
-        )
-    except (KeyError, ValueError):
+def kind_in(modalias: bytes) -> tuple[PciId, PciId, int] | None:
+    """The ids, the subsystem's ids and the class in a modalias; None: it is none."""
+    found = MODALIAS.match(modalias)
+    if found is None:
         return None
+    vendor, device, subvendor, subdevice, *parts = (int(part, 16) for part in found.groups())
+    base, sub, interface = parts
+    return (
+        PciId(vendor, device),
+        PciId(subvendor, subdevice),
+        base << 16 | sub << 8 | interface,
+    )
 
 
 class PciReader(Reader):
@@ -194,10 +198,10 @@ class PciReader(Reader):
 
     def device(self, folder: str, address: PciAddress) -> PciDevice | None:
         """A function's ids, driver and group; None when it left the bus as it was read."""
-        # uevent holds class and ids in one read, from the kernel's memory: no card is woken.
-        said = self.bytes(f"{folder}/uevent", most=4096) or b""
-        # Cards and functions of a kind say the same up to here: it is understood once.
-        said = said.partition(b"PCI_SLOT_NAME=")[0]
+        # modalias holds ids and class in one read, from the kernel's memory: no card is woken.
+        # So does uevent, but many kernels (6.12 among them) show that under the device's lock.
+        said = self.bytes(f"{folder}/modalias", most=128) or b""
+        # Cards and functions of a kind say the same: it is understood once.
         kind = self.kinds.get(said) or self.kinds.setdefault(said, kind_in(said))
         subsystem: PciId | None
         if kind is not None:

@@ -148,3 +148,33 @@ def test_pulled_from_under_a_guest(host: Host, guest: TinyGuest, is_home: IsHome
         put_in(host)
     await_driver(host, GPU, "uio_pci_generic")
     is_home()
+
+
+def test_an_unbind_that_does_not_end_keeps_nobody(
+    host: Host, guest: TinyGuest, is_home: IsHome
+) -> None:
+    """QEMU is stopped, and cannot let go: who unbinds its card waits, and the kernel keeps the
+    card locked.  Whoever reads that card's files naively is never seen again."""
+    pid = guest.pid
+    unbind = f"echo 0000:{GPU} > /sys/bus/pci/drivers/vfio-pci/unbind"
+    host.sh(f"kill -STOP {pid}; setsid sh -c '{unbind}' > /dev/null 2>&1 & sleep 2")
+    try:
+        shown = gpus(host)
+        assert list(shown) == [GPU, CARD, "03:00.0"]
+        assert shown[CARD]["driver_override"] is None
+        found = doctor(host)
+        assert found["unbind-stuck"]
+        assert [loan["gpu"][5:] for loan in host.gpupt("status")["loans"]] == [GPU]
+        # The other card moves meanwhile.
+        host.gpupt("detach", CARD, "--yes")
+        host.gpupt("attach", CARD, "--yes")
+        refused = host.run("gpupt", "attach", GPU, "--yes", check=False, deadline=180)
+        assert refused.status in (1, 3)
+        assert host.driver(GPU) == "vfio-pci"
+    finally:
+        host.sh(f"kill -CONT {pid}")
+    await_loss(guest)
+    guest.destroy()
+    host.sh(f"until ! test -e /sys/bus/pci/devices/0000:{GPU}/driver; do sleep 0.5; done")
+    host.gpupt("attach", GPU, "--yes")
+    is_home()

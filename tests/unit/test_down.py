@@ -174,8 +174,8 @@ def test_another_card_at_the_address_is_not_restored_the_second_time_either(
     live: Settings, kernel: FakeKernel
 ) -> None:
     lend(live, kernel)
-    file = kernel.root / f"sys/bus/pci/devices/{GPU}/uevent"
-    file.write_text(file.read_text().replace("10DE:1EB8", "10DE:20B5"))
+    file = kernel.root / f"sys/bus/pci/devices/{GPU}/modalias"
+    file.write_text(file.read_text().replace("1EB8", "20B5"))
     for changed in (True, False):
         status, said = down(live)
         assert (status, said and said["changed"], said and said["restored"]) == (1, changed, False)

@@ -8,7 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from fakekernel import FakeKernel, Fault
+from fakekernel import FakeKernel, Fault, modalias
 from machines import emulated_host, laptop
 
 from gpupt.actions import Action, EraseLoan, Plan
@@ -237,7 +237,7 @@ def test_a_card_that_answers_all_ones_for_its_ids_is_no_other_card(
 ) -> None:
     detach(kernel, journal, GPU)
     folder = kernel.root / f"sys/bus/pci/devices/{GPU}"
-    (folder / "uevent").write_text("PCI_CLASS=FFFFFF\nPCI_ID=FFFF:FFFF\nPCI_SUBSYS_ID=FFFF:FFFF\n")
+    (folder / "modalias").write_text(modalias("ffff:ffff", 0xFFFFFF, "ffff:ffff"))
     plan = Plan("attach", str(GPU), (EraseLoan(GPU, why="too early"),))
     with pytest.raises(Failed, match="not back where it came from") as error:
         execute(plan, world=World(kernel, journal, lambda line: None))
@@ -252,7 +252,7 @@ def test_a_card_exchanged_after_the_plan_was_made_is_not_written_to(
     host = read_host(kernel.root, whole=True)
     plan = plan_attach(host, gpus=[GPU], loans=journal.ledger.loans)
     folder = kernel.root / f"sys/bus/pci/devices/{GPU}"
-    (folder / "uevent").write_text("PCI_CLASS=10000\nPCI_ID=1AF4:1042\nPCI_SUBSYS_ID=1AF4:1100\n")
+    (folder / "modalias").write_text(modalias("1af4:1042", 0x010000, "1af4:1100"))
     written = len(kernel.writes)
     with pytest.raises(Failed, match="not the card that was detached"):
         execute(plan, world=World(kernel, journal, lambda line: None))

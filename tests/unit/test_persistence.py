@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fakekernel import FakeKernel
+from fakekernel import FakeKernel, modalias
 from fakeudev import boot
 from machines import MACHINES, emulated_host
 from test_cli_host import Host
@@ -315,8 +315,8 @@ def test_a_rule_without_a_loan_is_removed(kernel: FakeKernel, state: Path) -> No
 
 def test_recover_forgets_the_rule_of_an_exchanged_card(kernel: FakeKernel, state: Path) -> None:
     carry_out(kernel, state, decide_detach(kernel, state))
-    (kernel.root / f"sys/bus/pci/devices/{GPU}/uevent").write_text(
-        "PCI_CLASS=30000\nPCI_ID=1002:744C\nPCI_SUBSYS_ID=1:2\n"
+    (kernel.root / f"sys/bus/pci/devices/{GPU}/modalias").write_text(
+        modalias("1002:744c", 0x030000, "0001:0002")
     )
     host, loans = read_host(kernel.root, whole=True), read_ledger(state).loans
     plan = plan_forget(host, loans=loans, boot=read_boot_rules(kernel.root))

@@ -19,7 +19,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
-from fakekernel import FakeKernel, Function, plant
+from fakekernel import FakeKernel, Function, modalias, plant
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from machines import with_disk, with_uplink
@@ -126,7 +126,7 @@ GARBAGE = st.one_of(
     ),
 )
 ATTRIBUTES = (
-    "uevent", "vendor", "device", "class", "subsystem_vendor", "revision", "numa_node",
+    "vendor", "device", "class", "subsystem_vendor", "revision", "numa_node",
     "boot_vga", "driver_override", "resource", "reset_method", "d3cold_allowed", "power_state",
     "current_link_width", "current_link_speed", "max_link_speed", "sriov_numvfs", "config",
     "modalias", "driver", "iommu_group", "physfn", "drm", "sound", "vfio-dev",
@@ -416,7 +416,7 @@ def test_a_disk_whose_own_link_is_broken_keeps_its_group(machine: Path) -> None:
 
 def test_a_member_that_cannot_be_read_keeps_its_group(machine: Path) -> None:
     regroup(machine, "0000:02:00.0", group=1)
-    for name in ("uevent", "class"):
+    for name in ("modalias", "class"):
         (machine / f"sys/devices/pci0000:00/0000:02:00.0/{name}").write_bytes(b"\xff")
     assert "holds what could not be read" in refusal(machine)
 
@@ -432,7 +432,7 @@ def test_the_uplink_of_a_recorded_machine_is_the_one_it_had(machine: Path) -> No
     """A recording has the interface in the function's folder of the bus itself."""
     other = machine / "sys/bus/pci/devices/0000:04:00.0"
     (other / "net/net0").mkdir(parents=True)
-    (other / "uevent").write_text("PCI_CLASS=20000\nPCI_ID=8086:1592\n")
+    (other / "modalias").write_text(modalias("8086:1592", 0x020000))
     (machine / "sys/class/net/eth0").unlink()
     (machine / "sys/class/net/eth0").symlink_to("../../bus/pci/devices/0000:04:00.0/net/net0")
     found = [str(each.address) for each in read_host(machine, whole=True).critical]

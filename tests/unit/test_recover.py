@@ -10,7 +10,7 @@ from itertools import count
 from pathlib import Path
 
 import pytest
-from fakekernel import FakeKernel, Fault
+from fakekernel import FakeKernel, Fault, modalias
 from machines import MACHINES, emulated_host
 
 from gpupt.actions import Action, Plan
@@ -156,7 +156,7 @@ def test_another_card_at_the_address_is_left_alone(quick_path: Path) -> None:
     assert run_and_die(kernel, state, plan, at=len(plan.actions) * len(POINTS) - 2)
     # The host boots again, and a network card has the address that the GPU had.
     folder = kernel.root / "sys/bus/pci/devices/0000:02:00.0"
-    (folder / "uevent").write_text("PCI_CLASS=20000\nPCI_ID=8086:10C9\n")
+    (folder / "modalias").write_text(modalias("8086:10c9", 0x020000))
     (folder / "vendor").write_text("0x8086\n")
     written = len(kernel.writes)
     recover_all(kernel, state)
@@ -168,9 +168,7 @@ def test_another_card_at_the_address_is_left_alone(quick_path: Path) -> None:
 def boot_with_a_disk_at(kernel: FakeKernel, address: PciAddress) -> None:
     """The host boots again: overrides are gone, and a disk controller has that address."""
     folder = kernel.root / f"sys/bus/pci/devices/{address}"
-    (folder / "uevent").write_text(
-        "DRIVER=virtio-pci\nPCI_CLASS=10000\nPCI_ID=1AF4:1042\nPCI_SUBSYS_ID=1AF4:1100\n"
-    )
+    (folder / "modalias").write_text(modalias("1af4:1042", 0x010000, "1af4:1100"))
     (folder / "vendor").write_text("0x1af4\n")
     (folder / "device").write_text("0x1042\n")
     (folder / "driver_override").write_text("(null)\n")
@@ -307,7 +305,7 @@ def test_a_loan_whose_card_was_exchanged_is_forgotten(quick_path: Path) -> None:
     host = read_host(kernel.root, whole=True)
     assert plan_forget(host, loans=read_ledger(state).loans).actions == ()
     folder = kernel.root / "sys/bus/pci/devices/0000:02:00.0"
-    (folder / "uevent").write_text("PCI_CLASS=30000\nPCI_ID=1002:744C\nPCI_SUBSYS_ID=1:2\n")
+    (folder / "modalias").write_text(modalias("1002:744c", 0x030000, "0001:0002"))
     written = len(kernel.writes)
     plan = plan_forget(read_host(kernel.root, whole=True), loans=read_ledger(state).loans)
     assert [type(action).__name__ for action in plan.actions] == ["BindFunction", "EraseLoan"]

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from fakekernel import Function, plant
+from fakekernel import Function, modalias, plant
 from machines import MACHINES
 
 from gpupt.edges.sysfs import PciReader, read_host
@@ -15,7 +15,7 @@ from gpupt.errors import BadInput
 
 CARD = Function("0000:01:00.0", "10de:2330", 0x030200, "nvidia", group=1)
 BUS = "sys/bus/pci/devices"
-SECRET = "PCI_CLASS=30200\nPCI_ID=DEAD:BEEF\nPCI_SUBSYS_ID=DEAD:BEEF\nPCI_SLOT_NAME=0000:01:00.0\n"
+SECRET = modalias("DEAD:BEEF", 0x030200, "DEAD:BEEF")
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def tree(tmp_path: Path) -> Path:
     plant(tmp_path / "tree", [CARD])
     outside = tmp_path / f"outside/{CARD.address}"
     outside.mkdir(parents=True)
-    (outside / "uevent").write_text(SECRET)
+    (outside / "modalias").write_text(SECRET)
     return tmp_path / "tree"
 
 
@@ -89,19 +89,19 @@ def test_no_link_leads_out(tree: Path, target: str) -> None:
         read_host(tree)
 
 
-@pytest.mark.parametrize("name", ["uevent", "vendor", "driver_override", "config"])
+@pytest.mark.parametrize("name", ["modalias", "vendor", "driver_override", "config"])
 def test_no_attribute_leads_out(tree: Path, name: str) -> None:
     attribute = tree / f"{BUS}/{CARD.address}/{name}"
     attribute.unlink()
-    attribute.symlink_to(f"../../../../../outside/{CARD.address}/uevent")
+    attribute.symlink_to(f"../../../../../outside/{CARD.address}/modalias")
     assert "dead" not in str(read_host(tree)).lower()
 
 
 def test_an_attribute_may_be_a_link_within_the_tree(tree: Path) -> None:
     before = read_host(tree)
     folder = tree / f"{BUS}/{CARD.address}"
-    (folder / "uevent").rename(tree / "proc/uevent")
-    (folder / "uevent").symlink_to("../../../../proc/uevent")
+    (folder / "modalias").rename(tree / "proc/modalias")
+    (folder / "modalias").symlink_to("../../../../proc/modalias")
     assert read_host(tree) == before
 
 
@@ -118,7 +118,7 @@ def test_a_folder_of_the_tree_may_be_a_link(tree: Path, folder: str) -> None:
 def test_a_name_does_not_lead_up_and_out(tree: Path, path: str) -> None:
     reader = Reader(tree)
     assert reader.is_inside(path) is os.path.realpath(tree / path).startswith(str(tree))
-    assert reader.text(f"{path}/{CARD.address}/uevent") is None
+    assert reader.text(f"{path}/{CARD.address}/modalias") is None
     assert reader.names(path) in ([], ["proc", "sys"])
 
 

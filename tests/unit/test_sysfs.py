@@ -63,12 +63,12 @@ def test_no_reset_method_is_not_the_same_as_none_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("machine", MACHINES)
-def test_uevent_and_separate_files_agree(tmp_path: Path, machine: str) -> None:
+def test_modalias_and_separate_files_agree(tmp_path: Path, machine: str) -> None:
     MACHINES[machine](tmp_path)
-    by_uevent = read_host(tmp_path, whole=True)
-    for file in tmp_path.glob("sys/devices/pci0000:00/*/uevent"):
+    by_modalias = read_host(tmp_path, whole=True)
+    for file in tmp_path.glob("sys/devices/pci0000:00/*/modalias"):
         file.unlink()
-    assert read_host(tmp_path, whole=True) == by_uevent
+    assert read_host(tmp_path, whole=True) == by_modalias
 
 
 def test_a_lost_card(tmp_path: Path) -> None:
