@@ -82,14 +82,26 @@ def vfio_missing(host: Host, ledger: Ledger, facts: HostFacts) -> Iterator[Findi
 def unbind_stuck(host: Host, ledger: Ledger, facts: HostFacts) -> Iterator[Finding]:
     """A process hangs inside an unbind: the driver waits for whoever holds the device."""
     for stuck in facts.stuck:
+        who = f"{stuck.command} (PID {stuck.pid})"
+        if stuck.guest:
+            evidence = f"{who} is inside unbind_store, and vfio waits for a guest to let go"
+            remedy = (
+                "fuser -v /dev/vfio/* names the guest's QEMU: let it run on if it is stopped, "
+                "or end it"
+            )
+        else:
+            evidence = f"{who} is in state D inside unbind_store"
+            remedy = (
+                "do not retry; stop nvidia-persistenced and whatever holds the GPU, set "
+                "nvidia-drm modeset=0; reboot if it stays"
+            )
         yield Finding(
             "unbind-stuck",
             Severity.FAIL,
             f"PID {stuck.pid}",
             "an unbind does not come to its end",
-            (f"{stuck.command} (PID {stuck.pid}) is in state D inside unbind_store",),
-            "do not retry; stop nvidia-persistenced and whatever holds the GPU, set "
-            "nvidia-drm modeset=0; reboot if it stays",
+            (evidence,),
+            remedy,
         )
 
 

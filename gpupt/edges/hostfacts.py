@@ -235,11 +235,15 @@ def word_of(reader: Reader, path: str, *, row: str, word: int) -> str | None:
 
 
 def stuck_unbinds(reader: Reader) -> Iterator[StuckUnbind]:
-    """Processes in state D whose kernel stack is inside unbind_store."""
+    """Processes whose kernel stack is inside unbind_store: in state D, or in S where vfio waits
+    for the device to be released (vfio_unregister_group_dev)."""
     for name in reader.names("proc"):
         if not name.isdecimal():
             continue
         # proc_pid_stat(5): PID (command) state …; the command may hold spaces and brackets.
         state = (reader.text(f"proc/{name}/stat") or "").rpartition(")")[2].split()
-        if state[:1] == ["D"] and "unbind_store" in reader.whole(f"proc/{name}/stack"):
-            yield StuckUnbind(int(name), reader.text(f"proc/{name}/comm") or "?")
+        guest = state[:1] == ["S"] and "vfio" in (reader.text(f"proc/{name}/wchan") or "")
+        if not guest and state[:1] != ["D"]:
+            continue
+        if "unbind_store" in reader.whole(f"proc/{name}/stack"):
+            yield StuckUnbind(int(name), reader.text(f"proc/{name}/comm") or "?", guest)

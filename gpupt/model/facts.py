@@ -30,10 +30,11 @@ class Reserved:
 
 @dataclass(frozen=True, slots=True)
 class StuckUnbind:
-    """A process in state D inside the kernel's unbind."""
+    """A process that hangs inside the kernel's unbind; ``guest``: until a guest lets go."""
 
     pid: int
     command: str
+    guest: bool = False
 
 
 @dataclass(frozen=True, slots=True)

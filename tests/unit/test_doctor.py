@@ -97,6 +97,11 @@ NIC = Function("0000:02:00.0", "8086:1592", 0x020000, "ice", group=1)
 X86 = "           CPU0\n  9:  1  {}-IO-APIC  9-fasteoi  acpi\n 24: 3 {}-PCI-MSI-0000:01:00.0\n"
 HELD = {"proc/77/comm": "python3\n", f"{FOLDER}/drm/renderD128/dev": "226:128\n"}
 VFIO_HELD = {"proc/78/comm": "qemu-system-x86\n"}
+SLEEPS_IN_UNBIND = {
+    "proc/79/comm": "tee\n",
+    "proc/79/stat": "79 (tee) S 1 79\n",
+    "proc/79/stack": "[<0>] vfio_unregister_group_dev+0x1\n[<0>] unbind_store+0x1\n",
+}
 NODES = {
     f"sys/devices/system/node/node{n}/hugepages/hugepages-1048576kB/nr_hugepages": "16\n"
     if n == 0
@@ -232,7 +237,11 @@ CASES: dict[str, list[tuple[Machine, Machine]]] = {
                     "proc/79/stack": "[<0>] unbind_store+0x1\n",
                 }
             ),
-        )
+        ),
+        (
+            Machine(files=SLEEPS_IN_UNBIND | {"proc/79/wchan": "vfio_unregister_group_dev"}),
+            Machine(files=SLEEPS_IN_UNBIND | {"proc/79/wchan": "do_wait"}),
+        ),
     ],
     "id-wide-claim": [
         (
