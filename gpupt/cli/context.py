@@ -126,11 +126,16 @@ def terminal_colour() -> bool:
 
 def terminal_width(stream: TextIO | None = None) -> int | None:
     """Characters a line of stdout, or of ``stream``, on a terminal; None: for a file or program."""
-    if not (stream or sys.stdout).isatty():
+    stream = stream or sys.stdout
+    if not stream.isatty():
         return None
-    import shutil
+    import os
 
-    return shutil.get_terminal_size().columns
+    asked = os.environ.get("COLUMNS", "")
+    try:
+        return int(asked) if asked.isdecimal() else os.get_terminal_size(stream.fileno()).columns
+    except OSError:
+        return None
 
 
 def plan_json(plan: Plan, findings: Iterable[Mapping[str, Any]] = ()) -> dict[str, Any]:

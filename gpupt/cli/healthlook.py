@@ -71,7 +71,9 @@ def look(
     functions = [each for gpu in host.gpus for each in (gpu.address, *gpu.companions)]
     log = read_kernel_log(settings.root, deadline=LOG_SECONDS)
     boot = log.boot_id or ""
-    if driver.gpus or others:
+    live = settings.kernel is not None or settings.root.resolve() == Path("/")
+    # Of a recorded machine there is one count, and it is no earlier look of this one.
+    if live and (driver.gpus or others):
         thresholds = replace(thresholds, previous=read_replays(settings.state, boot=boot))
         counts = {
             reading.address: reading.pcie_replays

@@ -182,8 +182,8 @@ def run(settings: Settings, /, name: str, job: str, arguments: tuple[str, ...]) 
     if done.status == LATE:
         raise Failed(f"{job} did not end within {chosen.deadline} s")
     said = tuple((done.stderr.strip() or done.stdout.strip()).splitlines()[-12:])
-    if done.status == 2 and arguments:
-        # What a program says of arguments that it does not take.
+    if done.status == 2 and arguments and "usage:" in done.stderr:
+        # As argparse says of arguments that it does not take.
         raise BadInput(f"{job} does not take these arguments", details=said)
     if done.status != 0:
         raise Failed(f"{job} failed with status {done.status}", details=said)

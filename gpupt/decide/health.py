@@ -195,20 +195,15 @@ def judge(
             ),
             locked=any(host.devices[each].locked for each in (gpu.address, *gpu.companions)),
             asked=driver.library is not Library.UNASKED,
-            pci_errors=errors_of(gpu, port, pci_errors or {}),
+            pci_errors={
+                address: counted
+                for address, counted in (pci_errors or {}).items()
+                if address in {gpu.address, *gpu.companions, port}
+            },
         )
         judged.append(judge_card(case))
     of_machine = (check(whole) for check in OF_MACHINE.values())
     return HealthReport(tuple(judged), tuple(each for each in of_machine if each is not None))
-
-
-def errors_of(
-    gpu: Gpu, port: PciAddress | None, counted: Mapping[PciAddress, PciErrors]
-) -> PciErrors | None:
-    """The errors counted at a card's functions, and at the port above them."""
-    places = (gpu.address, *gpu.companions, *(() if port is None else (port,)))
-    found = [counted[address] for address in places if address in counted]
-    return sum(found[1:], start=found[0]) if found else None
 
 
 def judge_card(case: Case) -> GpuHealth:
@@ -233,9 +228,9 @@ def why_unasked(gpu: Gpu, driver: DriverReading) -> str:
     device, name = gpu.device, gpu.device.binding.driver
     if device.id.vendor != NVIDIA:
         if device.lost:
-            return f"on {name}: the card does not answer"
+            return f"on {name or 'no driver'}: the card does not answer"
         if name == modes.AMD_DRIVER:
-            return f"on {name}: it sleeps, and is not woken to be asked"
+            return f"on {name}: it sleeps or is being reset, and is not asked"
         return "NVML is NVIDIA's: of this card sysfs and the kernel's log are read"
     if device.physfn is not None:
         return f"a virtual function: NVML answers for its card, {device.physfn}"

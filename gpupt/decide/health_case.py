@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from gpupt.decide.xid import reset_command
 from gpupt.model.gpus import AMD
@@ -32,8 +32,8 @@ class Case:
 
     No ``reading``: its driver was not asked for it, and ``unasked`` says why.  ``port`` is the
     port above it where that is known; ``lost`` are functions of the card that read all ones,
-    ``locked`` that the kernel holds one in an unbind or a reset; ``pci_errors`` are counted at
-    the card's functions and at the port above, None where neither counts.
+    ``locked`` that the kernel holds one in an unbind or a reset; ``pci_errors`` are what the
+    kernel counted at each of the card's functions and at the port above.
     """
 
     gpu: Gpu
@@ -49,7 +49,7 @@ class Case:
     locked: bool = False
     # Whether NVML was asked at all: of a recorded machine it cannot be.
     asked: bool = True
-    pci_errors: PciErrors | None = None
+    pci_errors: Mapping[PciAddress, PciErrors] = field(default_factory=dict)
 
     @property
     def address(self) -> PciAddress:

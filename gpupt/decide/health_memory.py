@@ -7,6 +7,7 @@ import math
 from gpupt.decide.health_case import DIAGNOSE, REPLACE, Case, unanswered
 from gpupt.decide.xid import reset_command
 from gpupt.model.health import CheckResult, Verdict
+from gpupt.model.healthrules import Thresholds
 
 # amdgpu_ras.c: one bad page in so many bytes is what is usual.
 BAD_PAGE_COVER = 100 << 20
@@ -101,7 +102,8 @@ def retired_pages(case: Case) -> CheckResult | None:
         verdict,
         brief,
         value=f"{count} pages{double}",
-        threshold=f"{warns:g} pages warn; {fails:g}{or_double} fail",
+        threshold=f"{warns:g} pages warn"
+        + (f"; {fails:g}{or_double} fail" if math.isfinite(fails) else ""),
         remedy=remedy,
         number=count,
         unit="pages",
@@ -111,12 +113,16 @@ def retired_pages(case: Case) -> CheckResult | None:
 def most_pages(case: Case) -> tuple[float, float]:
     """From how many retired pages on a card warns, and fails.
 
-    Of AMD's the driver's own measure: a page for each 100 MiB of memory, and a word in its log
-    from nine tenths on (RAS_BAD_PAGE_COVER in drivers/gpu/drm/amd/amdgpu/amdgpu_ras.c).
+    Of AMD's, unless the owner has a rule, the driver's own measure: a page for each 100 MiB of
+    memory, and a word in its log from nine tenths on (RAS_BAD_PAGE_COVER in amdgpu_ras.c).
     """
+    limits, usual = case.limits, Thresholds()
+    own = (limits.retired_warn, limits.retired_fail)
+    if not case.amd or own != (usual.retired_warn, usual.retired_fail):
+        return own
     memory = case.reading.memory_total if case.reading is not None else None
-    if not case.amd or memory is None:
-        return case.limits.retired_warn, case.limits.retired_fail
+    if memory is None:
+        return limits.retired_warn, math.inf
     most = max(1, memory // BAD_PAGE_COVER)
     return math.ceil(most * 0.9), most
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from gpupt.decide.health_case import Case, silent, unanswered, why_silent
+from gpupt.decide.health_case import Case, silent, unanswered, unsupported, why_silent
 from gpupt.decide.xid import Recovery, reset_command, verdict_of, way_of
 from gpupt.model.gpus import NVIDIA
 from gpupt.model.health import CheckResult, Modes, Silence, Verdict
 
 NVIDIA_DRIVER = "nvidia"
 AMD_DRIVER = "amdgpu"
+TOLD_BY_AMDGPU = ("temperature", "power_limit", "memory_total", "ecc_uncorrected")
 # What the driver says of a card that no longer works; any other silence is the driver's own.
 GONE = (Silence.LOST, Silence.NEEDS_RESET)
 
@@ -32,7 +33,9 @@ def driver(case: Case) -> CheckResult | None:
     if on_nvidia(case) and case.asked:
         return CheckResult(check, Verdict.OK, "on NVIDIA's driver, and NVML knows it", value=name)
     if case.amd and case.reading is not None:
-        return CheckResult(check, Verdict.OK, "on AMD's driver, which tells of it", value=name)
+        if any(getattr(case.reading, field) is not None for field in TOLD_BY_AMDGPU):
+            return CheckResult(check, Verdict.OK, "on AMD's driver, which tells of it", value=name)
+        return unsupported(check, "on AMD's driver, which tells nothing of it")
     if name is None:
         return CheckResult(
             check, Verdict.WARN, case.unasked, value="none",

@@ -6,8 +6,11 @@ these questions, so a card that hangs may never do: they are asked in a child wi
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 
 from gpupt.edges.apart import read_apart
 from gpupt.edges.tree import Reader
@@ -18,7 +21,8 @@ DRIVER = "amdgpu"
 # The worst of the sensors counts; edge, junction and memory are the first three.
 SENSORS = range(1, 9)
 # The list of bad pages has a line for each.
-MOST = 1 << 18
+MOST = 1 << 20
+MOST_CARDS = 16
 PLAIN = {
     "uuid": "unique_id",
     "name": "product_name",
@@ -36,14 +40,16 @@ POWER = {
     "power_default": ("power1_cap_default",),
 }
 MICRO, MILLI = 1_000_000, 1000
+# What the driver answers for a sensor or a block that this card does not have.
+NOT_THERE = frozenset({errno.ENOENT, errno.EINVAL, errno.EOPNOTSUPP, errno.ENODATA, errno.ENODEV})
 Told = Mapping[str, bytes | OSError]
 
 
 def read_amdgpu(reader: Reader, gpus: Iterable[Gpu], *, deadline: float) -> list[GpuReading]:
     """What the driver tells of each of its cards that is awake; others are not among them.
 
-    What was not told within ``deadline`` seconds for all of them is TIMEOUT, and what its sysfs
-    does not have UNSUPPORTED.
+    What a card did not tell within ``deadline`` seconds is TIMEOUT, however the others are, and
+    what the driver does not have of it UNSUPPORTED.
     """
     ours = [
         (gpu, f"sys/bus/pci/devices/{gpu.address}")
@@ -52,9 +58,24 @@ def read_amdgpu(reader: Reader, gpus: Iterable[Gpu], *, deadline: float) -> list
     ]
     # A card that sleeps would be woken to answer.
     awake = [(gpu, folder) for gpu, folder in ours if not sleeps(reader, folder)]
-    paths = {gpu.address: list(files_of(reader, folder)) for gpu, folder in awake}
-    told = told_of(reader, [path for each in paths.values() for path in each], deadline=deadline)
-    return [reading_of(gpu, folder, paths[gpu.address], told) for gpu, folder in awake]
+    if not awake:
+        return []
+    paths = [list(files_of(reader, folder)) for _, folder in awake]
+    # Each in a child of its own: one that hangs keeps no other from answering.
+    with ThreadPoolExecutor(min(len(awake), MOST_CARDS)) as pool:
+        told = list(pool.map(lambda each: told_of(reader, each, deadline=deadline), paths))
+    return [
+        reading_of(gpu, folder, files, answers)
+        for (gpu, folder), files, answers in zip(awake, paths, told, strict=True)
+        if not fell_asleep(answers)
+    ]
+
+
+def fell_asleep(told: Told) -> bool:
+    """Whether the driver would not ask the card: it sleeps by now, or is being reset."""
+    return any(
+        isinstance(answer, OSError) and answer.errno == errno.EPERM for answer in told.values()
+    )
 
 
 def sleeps(reader: Reader, folder: str) -> bool:
@@ -85,15 +106,19 @@ def told_of(reader: Reader, paths: list[str], *, deadline: float) -> Told:
         at = {reader.root + path: path for path in paths}
         told = read_apart(list(at), deadline=deadline, read=much_of)
         return {at[path]: data for path, data in told.items()}
+    absent = OSError(errno.ENOENT, os.strerror(errno.ENOENT))
     found = {path: reader.bytes(path, most=MOST) for path in paths}
-    return {path: OSError() if data is None else data for path, data in found.items()}
+    return {path: absent if data is None else data for path, data in found.items()}
 
 
 def much_of(path: str) -> bytes:
-    """Up to MOST bytes of a file; raises OSError."""
+    """Up to MOST bytes of a file, which sysfs gives page by page; raises OSError."""
     number = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY)
     try:
-        return os.read(number, MOST)
+        whole = b""
+        while len(whole) < MOST and (part := os.read(number, MOST)):
+            whole += part
+        return whole
     finally:
         os.close(number)
 
@@ -101,7 +126,8 @@ def much_of(path: str) -> bytes:
 def reading_of(gpu: Gpu, folder: str, paths: list[str], told: Told) -> GpuReading:
     """The answers of one card, in the terms of all cards."""
     found: dict[str, object] = {}
-    silent: dict[str, Silence] = {}
+    # What is not asked for here is not to be had.
+    silent = {each.name: Silence.UNSUPPORTED for each in fields(GpuReading)}
 
     def number(path: str) -> int | None:
         data = told.get(path)
@@ -114,6 +140,7 @@ def reading_of(gpu: Gpu, folder: str, paths: list[str], told: Told) -> GpuReadin
         """Keep a value, or why there is none: of the files that there are, what became of them."""
         if value is not None:
             found[field] = value
+            del silent[field]
             return
         there = [path for path in asked if path in paths]
         silent[field] = why(there, told)
@@ -122,7 +149,12 @@ def reading_of(gpu: Gpu, folder: str, paths: list[str], told: Told) -> GpuReadin
         path = f"{folder}/{name}"
         data = told.get(path)
         text = data.decode(errors="replace").strip() if isinstance(data, bytes) else None
-        take(field, (text or None) if field in TEXTS else number(path), path)
+        if field in TEXTS:
+            # Who it is bears on no check.
+            if text:
+                take(field, text)
+            continue
+        take(field, number(path), path)
     monitors = sorted({path.rpartition("/")[0] for path in paths if "/hwmon/" in path})
     for field, names in POWER.items():
         asked = [f"{monitor}/{name}" for monitor in monitors for name in names]
@@ -138,27 +170,39 @@ def reading_of(gpu: Gpu, folder: str, paths: list[str], told: Told) -> GpuReadin
     ]
     asked = [f"{each}_{kind}" for each in sensors for kind in ("input", "crit")]
     # A sensor that does not answer may be the one that is too hot.
-    late = any(path in paths and path not in told for path in asked)
-    worst = None if late or not margins else min(margins)
+    unheard = why([path for path in asked if path in paths], told) is not Silence.UNSUPPORTED
+    worst = None if unheard or not margins else min(margins)
     for index, field in enumerate(("temperature_margin", "temperature", "temperature_slowdown")):
         take(field, None if worst is None else worst[index], *asked)
 
     counts = [path for path in paths if path.endswith("_err_count")]
-    each = [uncorrected(told.get(path)) for path in counts]
-    known = [count for count in each if count is not None]
-    take("ecc_uncorrected", sum(known) if known and None not in each else None, *counts)
+    known = [count for path in counts if (count := uncorrected(told.get(path))) is not None]
+    # An error of one block is one, whatever the others say.
+    whole = len(known) == len(counts) or why(counts, told) is Silence.UNSUPPORTED
+    take("ecc_uncorrected", sum(known) if known and (whole or sum(known)) else None, *counts)
     pages = f"{folder}/ras/gpu_vram_bad_pages"
     take("retired", bad_pages(told.get(pages)), pages)
     return GpuReading(gpu.address, silent=silent, **found)  # type: ignore[arg-type]
 
 
 def why(paths: list[str], told: Told) -> Silence:
-    """Why none of these files was of use."""
+    """Why one of these files was of no use; UNSUPPORTED: the card has no such thing, or all
+    that could be read is of use."""
     if any(path not in told for path in paths):
         return Silence.TIMEOUT
-    if any(isinstance(told[path], PermissionError) for path in paths):
-        return Silence.DENIED
-    return Silence.UNSUPPORTED
+    answers = [told[path] for path in paths]
+    errors = {answer.errno for answer in answers if isinstance(answer, OSError)} - NOT_THERE
+    if errors:
+        return Silence.DENIED if errors == {errno.EACCES} else Silence.ERROR
+    garbled = any(isinstance(answer, bytes) and not is_sound(answer) for answer in answers)
+    return Silence.ERROR if garbled else Silence.UNSUPPORTED
+
+
+def is_sound(answer: bytes) -> bool:
+    """Whether a file holds a number, counters, or a list; not so ``Query currently
+    inaccessible``."""
+    text = answer.strip()
+    return not text or text.lstrip(b"-").isdigit() or b":" in text
 
 
 def uncorrected(data: bytes | OSError | None) -> int | None:
@@ -173,7 +217,7 @@ def uncorrected(data: bytes | OSError | None) -> int | None:
 
 def bad_pages(data: bytes | OSError | None) -> RetiredPages | None:
     """Pages out of use (R), and whether some wait to be (P), or could not be (F)."""
-    if not isinstance(data, bytes):
+    if not isinstance(data, bytes) or not is_sound(data):
         return None
     flags = [line.rpartition(b":")[2].strip() for line in data.splitlines() if b":" in line]
     return RetiredPages(

@@ -106,13 +106,6 @@ class PciErrors:
     nonfatal: int
     fatal: int
 
-    def __add__(self, other: PciErrors) -> PciErrors:
-        return PciErrors(
-            self.corrected + other.corrected,
-            self.nonfatal + other.nonfatal,
-            self.fatal + other.fatal,
-        )
-
 
 @dataclass(frozen=True, slots=True)
 class GpuReading:

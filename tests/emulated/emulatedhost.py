@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,14 +96,20 @@ class Host:
             end = time.monotonic() + 60
             while not self.forks:
                 try:
-                    self.ssh.http_get(FORKS_PORT, "/" + quote('["--version"]'), deadline=30)
+                    self.ask(["--version"], deadline=30)
                     self.forks = True
                 except Failed:
                     assert time.monotonic() < end, self.run("cat", f"{BENCH}/forks.log").stdout
                     time.sleep(0.5)
-        body = self.ssh.http_get(FORKS_PORT, "/" + quote(json.dumps(words)), deadline=deadline)
-        told = json.loads(body)
+        told = self.ask(words, deadline=deadline)
         return Completed(("gpupt", *words), told["status"], told["out"], told["err"])
+
+    def ask(self, words: Sequence[str], *, deadline: float) -> Mapping[str, Any]:
+        asked = quote(json.dumps({"words": list(words), "deadline": deadline}))
+        # It ends the call at the deadline, and answers then.
+        body = self.ssh.http_get(FORKS_PORT, f"/{asked}", deadline=deadline + 20)
+        told: Mapping[str, Any] = json.loads(body)
+        return told
 
     def facts(self) -> Facts:
         """Drivers and overrides, read by a script that knows nothing of gpupt."""

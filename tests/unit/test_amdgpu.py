@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +19,7 @@ from gpupt.cli.healthlook import look
 from gpupt.decide.health import OF_AMDGPU
 from gpupt.edges import amdgpu, replayfile
 from gpupt.edges.amdgpu import read_amdgpu
+from gpupt.edges.healthfile import health_file
 from gpupt.edges.sysfs import read_host
 from gpupt.edges.tree import Reader
 from gpupt.model.health import CheckResult, GpuReading, RetiredPages, Silence, Verdict
@@ -80,7 +83,9 @@ def test_everything_is_read(tmp_path: Path) -> None:
     assert (found.memory_total, found.memory_used) == (64 * GIB, 3 * GIB)
     assert (found.utilization, found.pcie_replays, found.ecc_uncorrected) == (97, 4, 0)
     assert found.retired == RetiredPages(1, 0, pending=False)
-    assert found.silent == {"serial": Silence.UNSUPPORTED}
+    assert set(found.silent.values()) == {Silence.UNSUPPORTED}
+    assert {"serial", "pcie_gen", "clock_events", "processes"} <= set(found.silent)
+    assert not {"uuid", "temperature", "retired", "power"} & set(found.silent)
 
 
 def checks(report: Any) -> list[Any]:
@@ -96,6 +101,11 @@ def test_a_card_that_is_well_passes(tmp_path: Path) -> None:
     # A rate takes two counts.
     assert told == OF_AMDGPU - {"pcie_replay"}
     assert found["pcie_replay"].status is Verdict.UNSUPPORTED
+    # Nothing at all is held against it: it can be lent.
+    assert {each.status for each in found.values()} == {Verdict.OK, Verdict.UNSUPPORTED}
+    assert found["pcie_gen"].status is Verdict.OK
+    lending = judged(tmp_path / "again", lending=True)
+    assert Verdict.FAIL not in {each.status for each in lending.values()}
     assert not {"remap_failure", "ecc_mode", "inforom"} & set(found)
 
 
@@ -165,9 +175,8 @@ def test_replays_are_a_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ({f"hwmon/hwmon5/temp{each}_crit": None for each in (1, 2, 3)}, "temperature"),
         ({"hwmon/hwmon5/power1_cap_default": None}, "power_limit"),
         ({"ras/umc_err_count": None, "ras/gfx_err_count": None}, "ecc_uncorrected"),
-        ({"ras/umc_err_count": "who knows"}, "ecc_uncorrected"),
         ({"ras/gpu_vram_bad_pages": None}, "retired_pages"),
-        ({"pcie_replay_count": "many"}, "pcie_replay"),
+        ({"pcie_replay_count": None}, "pcie_replay"),
     ],
 )
 def test_what_it_does_not_tell_is_no_verdict(
@@ -175,6 +184,22 @@ def test_what_it_does_not_tell_is_no_verdict(
 ) -> None:
     found = judged(tmp_path, changes)[check]
     assert (found.status, found.number) == (Verdict.UNSUPPORTED, None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "check"),
+    [
+        ({"ras/umc_err_count": "Query currently inaccessible"}, "ecc_uncorrected"),
+        ({"ras/gpu_vram_bad_pages": "who knows"}, "retired_pages"),
+        ({"hwmon/hwmon5/power1_cap": "a lot"}, "power_limit"),
+        ({"hwmon/hwmon5/temp2_input": "hot"}, "temperature"),
+        ({"pcie_replay_count": "many"}, "pcie_replay"),
+    ],
+)
+def test_an_answer_that_is_none_fails(
+    tmp_path: Path, changes: Mapping[str, str | None], check: str
+) -> None:
+    assert judged(tmp_path, changes)[check].status is Verdict.FAIL
 
 
 def test_a_card_that_sleeps_is_not_woken(tmp_path: Path) -> None:
@@ -250,8 +275,105 @@ def test_one_sensor_that_does_not_answer_may_be_the_hot_one(
 def test_who_may_not_read_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = planted(tmp_path)
     monkeypatch.setattr(
-        amdgpu, "read_apart", lambda paths, **_: {path: PermissionError(13, "") for path in paths}
+        amdgpu,
+        "read_apart",
+        lambda paths, **_: {path: PermissionError(errno.EACCES, "") for path in paths},
     )
     (found,) = read_amdgpu(live(root), read_host(root).gpus, deadline=5)
     assert set(found.silent.values()) == {Silence.DENIED, Silence.UNSUPPORTED}
     assert found.silent["power_limit"] is Silence.DENIED
+
+
+def answering(monkeypatch: pytest.MonkeyPatch, answer: OSError, *names: str) -> None:
+    """The running machine's files, of which these answer with an error."""
+    monkeypatch.setattr(
+        amdgpu,
+        "read_apart",
+        lambda paths, **_: {
+            path: answer if path.rpartition("/")[2] in names else Path(path).read_bytes()
+            for path in paths
+        },
+    )
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ETIME, errno.EBUSY])
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [
+        ("temp2_input", "temperature_margin"),
+        ("umc_err_count", "ecc_uncorrected"),
+        ("gpu_vram_bad_pages", "retired"),
+        ("power1_cap", "power_limit"),
+    ],
+)
+def test_an_error_is_no_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, name: str, field: str
+) -> None:
+    root = planted(tmp_path)
+    answering(monkeypatch, OSError(number, ""), name)
+    (found,) = read_amdgpu(live(root), read_host(root).gpus, deadline=5)
+    assert found.silent[field] is Silence.ERROR
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EOPNOTSUPP])
+def test_a_sensor_that_the_card_has_not_hides_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    root = planted(tmp_path)
+    answering(monkeypatch, OSError(number, ""), "temp3_input", "gfx_err_count")
+    (found,) = read_amdgpu(live(root), read_host(root).gpus, deadline=5)
+    assert (found.temperature_margin, found.ecc_uncorrected) == (38, 0)
+
+
+def test_errors_of_one_block_count_though_another_does_not_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = planted(tmp_path, {"ras/gfx_err_count": "ue: 7\nce: 0"})
+    answering(monkeypatch, OSError(errno.EIO, ""), "umc_err_count")
+    (found,) = read_amdgpu(live(root), read_host(root).gpus, deadline=5)
+    assert found.ecc_uncorrected == 7
+
+
+def test_a_card_that_falls_asleep_meanwhile_is_not_judged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = planted(tmp_path)
+    answering(monkeypatch, PermissionError(errno.EPERM, ""), "temp1_input")
+    assert read_amdgpu(live(root), read_host(root).gpus, deadline=5) == []
+
+
+def test_one_that_hangs_keeps_no_other_from_answering(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cards = [
+        replace(MI300X, address=f"0000:{bus:02x}:00.0", group=bus, more={**MI300X.more, **TOLD})
+        for bus in (5, 6, 7)
+    ]
+    plant(tmp_path, cards, drivers=["amdgpu"])
+    monkeypatch.setattr(
+        amdgpu,
+        "read_apart",
+        lambda paths, **_: (
+            {} if "0000:05" in paths[0] else {path: Path(path).read_bytes() for path in paths}
+        ),
+    )
+    found = read_amdgpu(live(tmp_path), read_host(tmp_path).gpus, deadline=5)
+    assert [each.temperature_margin for each in found] == [None, 36, 36]
+    assert found[0].silent["temperature_margin"] is Silence.TIMEOUT
+
+
+def test_a_list_of_several_pages_is_read_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """sysfs gives a page at a time."""
+    file = tmp_path / "list"
+    file.write_text("0x1 : 0x1000 : R\n" * 1000)
+    whole = os.read
+    monkeypatch.setattr(os, "read", lambda number, most: whole(number, min(most, 4096)))
+    assert amdgpu.much_of(str(file)).count(b"R") == 1000
+
+
+def test_the_owner_s_rule_comes_first(tmp_path: Path) -> None:
+    (tmp_path / "state").mkdir()
+    health_file(tmp_path / "state").write_text("thresholds: {retired_warn: 1}\n")
+    assert judged(tmp_path)["retired_pages"].status is Verdict.WARN

@@ -53,7 +53,10 @@ FIXED = settings(
 # What stands outside of the tree, and must never be read.
 SECRET = "5ec4e7"
 # Where modules are imported from, wherever the checkout lies.
-CODE = (Path(gpupt.__file__).parent, sys.prefix, sysconfig.get_path("stdlib"))
+CODE = tuple(
+    os.path.realpath(folder)
+    for folder in (Path(gpupt.__file__).parent, sys.prefix, sysconfig.get_path("stdlib"))
+)
 
 
 # --- addresses -----------------------------------------------------------------------------

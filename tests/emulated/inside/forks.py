@@ -3,8 +3,8 @@
     python forks.py PORT
 
 Under emulation it takes seconds to import gpupt, and this process has done so already.  GET
-/WORDS (a JSON list, quoted) answers with the exit status and both streams; a fork has the
-words, the streams, the exit and the end that a process of its own would have.
+/ASKED (JSON of words and a deadline, quoted) answers with the exit status and both streams; a
+fork has the words, the streams, the exit and the end that a process of its own would have.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import importlib
 import json
 import os
 import pkgutil
+import select
 import signal
 import sys
 import tempfile
@@ -28,7 +29,8 @@ from gpupt.cli.main import main
 
 class Answer(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
-        body = json.dumps(called(json.loads(unquote(self.path[1:])))).encode()
+        asked = json.loads(unquote(self.path[1:]))
+        body = json.dumps(called(asked["words"], deadline=asked["deadline"])).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -38,12 +40,20 @@ class Answer(BaseHTTPRequestHandler):
         """Tell nobody."""
 
 
-def called(words: list[str]) -> dict[str, object]:
-    """One call of gpupt, to its end; a negative status is the signal that ended it."""
+def called(words: list[str], *, deadline: float) -> dict[str, object]:
+    """One call of gpupt, to its end; a negative status is the signal that ended it.
+
+    After ``deadline`` seconds that is SIGKILL, so that the next call finds somebody here.
+    """
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         child = os.fork()
         if child == 0:
             become_gpupt(words, out.fileno(), err.fileno())
+        watched = os.pidfd_open(child)
+        over, _, _ = select.select([watched], [], [], deadline)
+        os.close(watched)
+        if not over:
+            os.kill(child, signal.SIGKILL)
         _, ended = os.waitpid(child, 0)
         told = []
         for stream in (out, err):
