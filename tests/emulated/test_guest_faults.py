@@ -170,7 +170,6 @@ def test_an_unbind_that_does_not_end_keeps_nobody(
         host.gpupt("attach", CARD, "--yes")
         refused = host.run("gpupt", "attach", GPU, "--yes", check=False, deadline=180)
         assert refused.status in (1, 3)
-        assert host.driver(GPU) == "vfio-pci"
     finally:
         host.sh(f"kill -CONT {pid}")
     await_loss(guest)
