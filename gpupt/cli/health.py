@@ -233,8 +233,9 @@ def looker(
 
 
 def silent_library(report: HealthReport) -> bool:
-    """Whether NVIDIA's library failed as a whole."""
-    return any(each.id == "nvml" and each.status is Verdict.FAIL for each in report.machine)
+    """Whether NVIDIA's library, which cards are to be asked through, said nothing of any."""
+    bad = (Verdict.FAIL, Verdict.WARN)
+    return any(each.id == "nvml" and each.status in bad for each in report.machine)
 
 
 def cluster_looker(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -100,8 +101,13 @@ def cli(ctx: click.Context, /, **given: Any) -> None:
 
 def main() -> None:
     """Run the command line; every GpuptError becomes its text on stderr and its exit status."""
+    # Closed by who started it (`gpupt list >&-`): what would be printed is wanted by nobody.
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     try:
-        status = cli.main(prog_name="gpupt", standalone_mode=False)
+        try:
+            status = cli.main(prog_name="gpupt", standalone_mode=False)
+        finally:
+            sys.stdout.flush()
         sys.exit(status if isinstance(status, int) else 0)
     except click.exceptions.Abort:
         click.echo("gpupt: interrupted", err=True)
@@ -123,6 +129,15 @@ def main() -> None:
         # The reader went away (`gpupt list | head -1`): nothing is left to say.
         sys.stderr.close()
         sys.exit(1)
+    except OSError as error:
+        if error.errno not in {errno.ENOSPC, errno.EIO, errno.EDQUOT}:
+            raise
+        # What is left in the buffer cannot be written either, and Python would say so again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        why = f"what it has to say could not be written: {error.strerror}"
+        click.echo(f"gpupt: {why}", err=True)
+        # Of health 1 is a warning about a card, and 3 is not knowing.
+        sys.exit(3 if "health" in sys.argv[1:] else 1)
 
 
 if __name__ == "__main__":

@@ -213,6 +213,13 @@ def require_cluster(settings: Settings, name: str) -> ClusterRecord:
     record = ClusterFolder(settings.state, name).read()
     if record is None:
         known = list(read_clusters(settings.state))
+        lent = {loan.cluster for loan in read_ledger(settings.state).loans.values()}
+        if name in lent:
+            raise Failed(
+                f"{name} has GPUs on loan, and its folder is gone",
+                details=f"{ClusterFolder(settings.state, name).path}: keys and record are lost",
+                remedy=f"gpupt down {name} takes it down without them",
+            )
         raise _unknown("cluster", name, known, remedy="gpupt up FILE makes one")
     return record
 

@@ -36,6 +36,9 @@ def driver(case: Case) -> CheckResult | None:
         if any(getattr(case.reading, field) is not None for field in TOLD_BY_AMDGPU):
             return CheckResult(check, Verdict.OK, "on AMD's driver, which tells of it", value=name)
         return unsupported(check, "on AMD's driver, which tells nothing of it")
+    if name is None and case.gpu.device.physfn is not None:
+        # Ready for a guest: on the host it needs none.
+        return CheckResult(check, Verdict.UNSUPPORTED, case.unasked, value="none")
     if name is None:
         return CheckResult(
             check, Verdict.WARN, case.unasked, value="none",

@@ -307,7 +307,7 @@ def about_health(gpu: Gpu, health: GpuHealth | None) -> Iterator[Finding]:
         yield refusal(
             "unhealthy",
             gpu,
-            "it is not well",
+            f"it is not well ({check.id})",
             f"{check.id}: {check.brief}",
             remedy=f"{check.remedy or 'gpupt health says more'}; --unhealthy lends it all the same",
         )

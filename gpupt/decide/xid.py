@@ -118,8 +118,8 @@ def way_of(advice: int, address: PciAddress) -> str:
         Recovery.DRAIN_P2P: "let what moves data between GPUs end, and start no more of it",
         Recovery.DRAIN_AND_RESET: f"let the work on it end; {reset_command(address)}",
         Recovery.RECOVER_IMEX_DOMAIN: "systemctl restart nvidia-imex, on every node of the domain",
-        Recovery.BUS_RESET: f"gpupt detach {address}; echo bus > {sysfs}/reset_method; "
-        f"echo 1 > {sysfs}/reset; gpupt attach {address}",
+        Recovery.BUS_RESET: f"gpupt detach --unhealthy {address} && "
+        f"echo bus > {sysfs}/reset_method && echo 1 > {sysfs}/reset; gpupt attach {address}",
         Recovery.SYSTEM_REBOOT: "systemctl poweroff, and power it on again",
     }
     unknown = "newer than this gpupt: see nvmlDeviceGpuRecoveryAction_t in the driver's nvml.h"

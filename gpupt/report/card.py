@@ -100,7 +100,7 @@ def info_lines(
     elif state is GpuState.DETACHED and loan is not None:
         lines.append(f"detached; gpupt attach {gpu.address} gives it back")
     elif state is not GpuState.LENT:
-        lines.append(f"can be detached: gpupt detach {gpu.address}")
+        lines.append(f"can be detached, if it is well by then: gpupt detach {gpu.address}")
     return lines
 
 

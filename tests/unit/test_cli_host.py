@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 from fakekernel import FakeKernel, Fault
-from machines import MACHINES, emulated_host, unpack
+from machines import MACHINES, emulated_host, laptop, unpack
 
 from gpupt.actions import RecordLoan
 from gpupt.cli.context import Settings
@@ -320,3 +322,35 @@ def test_list_imports_nothing_heavy() -> None:
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "status"), [(["list"], 1), (["doctor"], 1), (["health", "--nagios"], 3)]
+)
+def test_what_cannot_be_written_is_told_without_a_traceback(
+    tmp_path: Path, words: list[str], status: int
+) -> None:
+    laptop(tmp_path / "machine")
+    argv = [sys.executable, "-m", "gpupt.cli.main", "--state", str(tmp_path / "state"), *words]
+    argv += ["--root", str(tmp_path / "machine")]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            argv, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False
+        )
+    assert done.returncode == status
+    assert "No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+
+
+def test_a_closed_stdout_is_no_error(tmp_path: Path) -> None:
+    laptop(tmp_path / "machine")
+    script = 'exec "$0" -m gpupt.cli.main list --root "$1" >&-'
+    done = subprocess.run(
+        ["sh", "-c", script, sys.executable, str(tmp_path / "machine")],
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")

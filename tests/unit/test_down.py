@@ -198,3 +198,14 @@ def test_what_no_loan_knows_is_not_called_restored(
     kernel.set_override(BARE, "vfio-pci")
     seen = read_back(live, lent, around=around, keep_detached=False, unrecorded=True)[1]
     assert seen is (False if left else None)
+
+
+@pytest.mark.parametrize("verb", [["show"], ["ssh"]])
+def test_a_cluster_whose_folder_is_lost_is_not_denied(
+    live: Settings, kernel: FakeKernel, verb: list[str]
+) -> None:
+    lend(live, kernel)
+    words = [*verb, "herbarium", *(["frontend"] if verb == ["ssh"] else [])]
+    done = CliRunner().invoke(cli, words, obj=live)
+    assert "its folder is gone" in str(done.exception)
+    assert "gpupt down herbarium takes it down" in str(done.exception)
