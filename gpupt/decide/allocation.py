@@ -6,13 +6,13 @@ the order of the nodes, MACs follow the names, and a node keeps the GPUs it alre
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from hashlib import sha256
 from ipaddress import IPv4Address, IPv4Network
 
-from gpupt.decide.viability import Preflight, assess_lending
+from gpupt.decide.viability import Preflight, assess_lending, refusal
 from gpupt.errors import BadInput, Refused
 from gpupt.model.cluster import (
     Allocation,
@@ -24,7 +24,7 @@ from gpupt.model.cluster import (
     Placement,
     Route,
 )
-from gpupt.model.gpus import VFIO, fence_of
+from gpupt.model.gpus import NVIDIA, VFIO, fence_of
 from gpupt.model.host import Finding, Gpu, Host, Loan
 from gpupt.model.pci import PciAddress
 
@@ -56,7 +56,10 @@ def allocate(
     taken = {address: holder for holder, address in _holders((loans or {}).values(), domains)}
     _refuse_fenced(spec, host=host, taken=taken, domains=domains, preflight=preflight)
     unfit = {
-        gpu.address: assess_lending(host, gpu, loans=loans or {}, preflight=preflight)
+        gpu.address: [
+            *assess_lending(host, gpu, loans=loans or {}, preflight=preflight),
+            *_about_nodes(gpu),
+        ]
         for gpu in host.gpus
         if gpu.address not in taken
     }
@@ -273,6 +276,19 @@ def _holders(
             yield (loan.cluster, loan.node), loan.gpu
 
 
+def _about_nodes(gpu: Gpu) -> Iterator[Finding]:
+    """Why no node of gpupt's can have it: what it does not count, it waits for in vain."""
+    device = gpu.device
+    if device.id.vendor != NVIDIA or device.class_code >> 16 != 0x03:
+        yield refusal(
+            "node-blind",
+            gpu,
+            "a node counts NVIDIA's display cards alone, and would wait for this one in vain",
+            f"{device.id}, class {device.class_code:06x}",
+            remedy=f"gpupt detach {gpu.address} readies it for a guest of your own",
+        )
+
+
 def _refuse_fenced(
     spec: ClusterSpec,
     *,
@@ -344,9 +360,18 @@ class _Pool:
                     f"this host has {_gpus(len(self.host.gpus))}",
                     *(f"{gpu.address}: {self.why_not(gpu)}" for gpu in self.host.gpus),
                 ),
-                remedy="ask for fewer, or free one: gpupt status shows who has what",
+                remedy=self.remedy(free),
             )
         return free[: node.gpus.count]
+
+    def remedy(self, free: Sequence[PciAddress]) -> str:
+        """What helps where there are not enough: nothing is freed that nobody has."""
+        ways = ["ask for fewer"] if free else []
+        if any(gpu.address in self.taken for gpu in self.host.gpus):
+            ways.append("free one: gpupt status shows who has what")
+        if any(self.unfit.values()):
+            ways.append("gpupt info GPU says what would help a card that is not to be had")
+        return "; or ".join(ways) or "gpupt list shows the GPUs of this host"
 
     def why_not(self, gpu: Gpu) -> str:
         """Why a GPU is not to be had, or that it is."""

@@ -106,6 +106,30 @@ def test_companion_named_as_a_gpu_says_whose_it_is() -> None:
     assert caught.value.remedy.startswith(f"name {GPU}")
 
 
+def test_a_card_that_nodes_do_not_count_is_refused_and_never_chosen() -> None:
+    """A node would wait for it in vain, and the whole `up` be undone."""
+    amd = replace(HOST.devices[BARE], id=PciId(0x1002, 0x74A1))
+    gpus = tuple(replace(gpu, device=amd) if gpu.address == BARE else gpu for gpu in HOST.gpus)
+    mixed = replace(HOST, devices={**HOST.devices, BARE: amd}, gpus=gpus)
+    assert allocate(spec_of(node("a", count=1)), host=mixed).of("a").gpus == (GPU,)
+    with pytest.raises(Refused, match="NVIDIA's display cards alone"):
+        allocate(spec_of(node("a", str(BARE))), host=mixed)
+
+
+def test_what_helps_is_what_can_be_done() -> None:
+    none = replace(HOST, devices={}, gpus=())
+    with pytest.raises(Refused) as caught:
+        allocate(spec_of(node("a", count=1)), host=none)
+    assert caught.value.remedy == "gpupt list shows the GPUs of this host"
+    with pytest.raises(Refused) as caught:
+        allocate(spec_of(node("a", count=3)), host=HOST)
+    assert "ask for fewer" in caught.value.remedy
+    assert "free one" not in caught.value.remedy
+    other = Loan(GPU, (), "orchard", "n0")
+    with pytest.raises(Refused, match="free one: gpupt status"):
+        allocate(two_gpus(), host=HOST, loans={GPU: other})
+
+
 def test_alias_and_address_of_one_gpu_for_two_nodes() -> None:
     spec = spec_of(node("a", "big"), node("b", str(GPU)))
     with pytest.raises(BadInput, match="asked for by a and b"):
