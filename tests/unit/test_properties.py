@@ -340,7 +340,7 @@ def test_no_tree_crashes_the_reader_or_leads_it_out(tree: Tree) -> None:
             said = str(error)
         assert SECRET not in said
         # What cards are called is the running machine's to know, and modules are imported late.
-        names = ("/usr/share/", "/usr/lib/udev/", "/var/lib/pciutils/")
+        names = ("/usr/", "/var/lib/pciutils/")
         code = [f"{folder}/" for folder in CODE]
         allowed = (f"{os.path.realpath(root)}/", *names, *code)
         astray = [path for path in opened if not f"{path}/".startswith(allowed)]
