@@ -94,7 +94,9 @@ def device_nodes(reader: Reader, device: PciDevice) -> set[str]:
         key, _, value = line.partition(":")
         if key.strip() == "Device Minor" and value.strip().isdecimal():
             nodes.add(f"/dev/nvidia{value.strip()}")
-    if (device.binding.driver or "").startswith("vfio") and device.iommu_group is not None:
+    # The kernel takes the link to a driver away first, and then waits for who has the device.
+    on_vfio = device.locked or (device.binding.driver or "").startswith("vfio")
+    if on_vfio and device.iommu_group is not None:
         nodes.add(f"/dev/vfio/{device.iommu_group}")
         nodes |= {f"/dev/vfio/devices/{name}" for name in reader.names(f"{folder}/vfio-dev")}
     return nodes

@@ -21,7 +21,7 @@ from gpupt.edges.sysfs import read_host
 from gpupt.edges.tree import Reader
 from gpupt.model.facts import HostFacts
 from gpupt.model.host import Holder, Host, Severity
-from gpupt.model.pci import PciAddress
+from gpupt.model.pci import DriverBinding, PciAddress
 
 GPU = PciAddress.parse("0000:01:00.0")
 ID = "3f4b1c2d9e8a7065" * 4
@@ -344,6 +344,18 @@ def test_the_domain_is_named_as_libvirt_names_it(tmp_path: Path) -> None:
         ("guest", "no_de,1"),
         ("guest", "node1"),
     ]
+
+
+@pytest.mark.parametrize(("locked", "found"), [(True, [7]), (False, [])])
+def test_a_card_that_is_let_go_of_has_its_holder_still(
+    tmp_path: Path, locked: bool, found: list[int]
+) -> None:
+    """The kernel takes the driver's link away, and then waits for the guest."""
+    host = machine(tmp_path, "vfio-pci")
+    process(tmp_path, 7, "/dev/vfio/1")
+    left = replace(host.devices[GPU], binding=DriverBinding(None, None), locked=locked)
+    host = replace(host, devices={GPU: left})
+    assert [holder.pid for holder in held(tmp_path, host)] == found
 
 
 @pytest.mark.parametrize(
