@@ -95,8 +95,8 @@ def device_nodes(reader: Reader, device: PciDevice) -> set[str]:
         if key.strip() == "Device Minor" and value.strip().isdecimal():
             nodes.add(f"/dev/nvidia{value.strip()}")
     # The kernel takes the link to a driver away first, and then waits for who has the device.
-    on_vfio = device.locked or (device.binding.driver or "").startswith("vfio")
-    if on_vfio and device.iommu_group is not None:
+    driver = device.binding.driver or device.binding.override or ""
+    if driver.startswith("vfio") and device.iommu_group is not None:
         nodes.add(f"/dev/vfio/{device.iommu_group}")
         nodes |= {f"/dev/vfio/devices/{name}" for name in reader.names(f"{folder}/vfio-dev")}
     return nodes

@@ -199,7 +199,7 @@ class PciReader(Reader):
     def device(self, folder: str, address: PciAddress) -> PciDevice | None:
         """A function's ids, driver and group; None when it left the bus as it was read."""
         # modalias holds ids and class in one read, from the kernel's memory: no card is woken.
-        # So does uevent, but many kernels (6.12 among them) show that under the device's lock.
+        # So does uevent, but some kernels (from 6.10 on) show that under the device's lock.
         said = self.bytes(f"{folder}/modalias", most=128) or b""
         # Cards and functions of a kind say the same: it is understood once.
         kind = self.kinds.get(said) or self.kinds.setdefault(said, kind_in(said))

@@ -346,14 +346,14 @@ def test_the_domain_is_named_as_libvirt_names_it(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize(("locked", "found"), [(True, [7]), (False, [])])
+@pytest.mark.parametrize(("override", "found"), [("vfio-pci", [7]), (None, [])])
 def test_a_card_that_is_let_go_of_has_its_holder_still(
-    tmp_path: Path, locked: bool, found: list[int]
+    tmp_path: Path, override: str | None, found: list[int]
 ) -> None:
     """The kernel takes the driver's link away, and then waits for the guest."""
     host = machine(tmp_path, "vfio-pci")
     process(tmp_path, 7, "/dev/vfio/1")
-    left = replace(host.devices[GPU], binding=DriverBinding(None, None), locked=locked)
+    left = replace(host.devices[GPU], binding=DriverBinding(None, override))
     host = replace(host, devices={GPU: left})
     assert [holder.pid for holder in held(tmp_path, host)] == found
 
