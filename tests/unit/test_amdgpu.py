@@ -377,3 +377,8 @@ def test_the_owner_s_rule_comes_first(tmp_path: Path) -> None:
     (tmp_path / "state").mkdir()
     health_file(tmp_path / "state").write_text("thresholds: {retired_warn: 1}\n")
     assert judged(tmp_path)["retired_pages"].status is Verdict.WARN
+
+
+def test_a_look_at_a_recording_keeps_no_counts(tmp_path: Path) -> None:
+    judged(tmp_path)
+    assert not (tmp_path / "state" / replayfile.FILE).exists()

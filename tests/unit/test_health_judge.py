@@ -1009,3 +1009,11 @@ def test_a_module_that_a_guest_has_alone_needs_no_link() -> None:
     found = result(joining, "nvlink")
     assert found is not None
     assert found.status is not FAIL
+
+
+def test_a_virtual_function_needs_no_driver_on_the_host() -> None:
+    whole = device(OTHER)
+    part = device(driver=None, physfn=OTHER)
+    scene = Scene(devices=(part, whole), readings=(), library=Library.UNASKED)
+    by_id = {each.id: each for each in report(scene).gpus[0].checks}
+    assert (by_id["driver"].status, by_id["driver"].remedy) == (UNSUPPORTED, "")

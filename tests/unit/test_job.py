@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -81,4 +82,24 @@ def test_ctrl_c_ends_it_and_what_it_started(
         presser.join()
     await_end(written(child))
     assert time.monotonic() - began < 60
+    assert list(folder.iterdir()) == []
+
+
+def test_one_that_is_ended_before_it_began_does_not_begin(tmp_path: Path) -> None:
+    note, ran = tmp_path / "jobs/x", tmp_path / "ran"
+    assert subprocess.run(["sh", "-c", job.END, note], check=False).returncode == 0
+    started = subprocess.run(["sh", "-c", job.START, note, "5", "touch", ran], check=False)
+    assert started.returncode != 0
+    assert not ran.exists()
+
+
+def test_one_that_had_to_be_killed_was_late(
+    server: Server,  # noqa: F811
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(job, "START", job.START.replace("-k 30", "-k 0.2"))
+    with connect(server) as ssh:
+        deaf = ("sh", "-c", "trap '' TERM; while :; do sleep 0.1; done")
+        assert run_job(ssh, deaf, deadline=0.3, on_line=print).status == LATE
     assert list(folder.iterdir()) == []
