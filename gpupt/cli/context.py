@@ -49,6 +49,11 @@ class Settings:
             kernel=base.kernel,
         )
 
+    @property
+    def live(self) -> bool:
+        """Whether a kernel answers under the root: it is no recording."""
+        return self.kernel is not None or self.root.resolve() == Path("/")
+
     @staticmethod
     def state_of(root: Path) -> Path:
         """The state folder of the machine under a root."""
@@ -108,7 +113,7 @@ def changing(verb: Verb) -> Verb:
 
 def require_live(settings: Settings, *, dry_run: bool) -> None:
     """Raise BadInput where something is to be changed under a root that no kernel serves."""
-    if dry_run or settings.kernel is not None or settings.root.resolve() == Path("/"):
+    if dry_run or settings.live:
         return
     raise BadInput(
         f"{settings.root} is a recorded tree: nothing can be changed there",

@@ -71,9 +71,8 @@ def look(
     functions = [each for gpu in host.gpus for each in (gpu.address, *gpu.companions)]
     log = read_kernel_log(settings.root, deadline=LOG_SECONDS)
     boot = log.boot_id or ""
-    live = settings.kernel is not None or settings.root.resolve() == Path("/")
     # Of a recorded machine there is one count, and it is no earlier look of this one.
-    if live and (driver.gpus or others):
+    if settings.live and (driver.gpus or others):
         thresholds = replace(thresholds, previous=read_replays(settings.state, boot=boot))
         counts = {
             reading.address: reading.pcie_replays
@@ -123,7 +122,7 @@ def gate(
 
 def ask_driver(settings: Settings, host: Host) -> DriverReading:
     """What NVML answers for NVIDIA's cards of this machine."""
-    if settings.kernel is None and settings.root.resolve() != Path("/"):
+    if not settings.live:
         return DriverReading(Library.UNASKED, "only the running machine's driver can be asked")
     cards = [gpu for gpu in host.gpus if gpu.device.id.vendor == NVIDIA]
     if not any(gpu.device.binding.driver == "nvidia" for gpu in cards) and not library_there():

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import pty
+import struct
+import termios
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +19,7 @@ from machines import MACHINES, emulated_host
 
 from gpupt.actions import Plan, RemoveCluster
 from gpupt.cli import context, lab
-from gpupt.cli.context import Settings, consent
+from gpupt.cli.context import Settings, consent, terminal_width
 from gpupt.cli.main import cli, main
 from gpupt.decide.layers import is_hosts
 from gpupt.edges.hypervisor import Hypervisor, what_to_do
@@ -281,3 +286,16 @@ def test_list_fits_a_terminal_of_80_columns(
     assert sum(line.endswith(" (boot display)") for line in lines) == 1
     models = ("RTX 2060 Mobile", "H100 SXM5 80GB", "Tesla T4", "(boot display)")
     assert all(any(model in line for model in models) for line in lines[1:])
+
+
+def test_a_plan_is_as_wide_as_the_terminal_that_shows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 57, 0, 0))
+    monkeypatch.delenv("COLUMNS", raising=False)
+    with os.fdopen(theirs, "w") as terminal:
+        assert terminal_width(terminal) == 57
+        monkeypatch.setenv("COLUMNS", "99")
+        assert terminal_width(terminal) == 99
+    os.close(ours)
+    with open(os.devnull, "w") as nobody:
+        assert terminal_width(nobody) is None
