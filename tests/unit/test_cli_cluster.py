@@ -156,7 +156,7 @@ def test_recorded_tree_may_be_planned_for(tmp_path: Path) -> None:
 def test_no_at_the_prompt_is_confirmed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    terminal: Any = SimpleNamespace(isatty=lambda: True)
+    terminal: Any = SimpleNamespace(isatty=lambda: True, fileno=lambda: 2)
     monkeypatch.setattr(context, "sys", SimpleNamespace(stdin=terminal, stderr=terminal))
     monkeypatch.setattr(click, "confirm", lambda *_, **__: False)
     plan = Plan("down", "herbarium", (RemoveCluster("herbarium", why="its keys"),))
